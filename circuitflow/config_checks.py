@@ -1,0 +1,180 @@
+"""Reading a configuration: every mistake is told in one sentence, before any job starts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from circuitflow.config import Config, ImportedPairs, PathSource, TextFiles, ToySource, json_schema
+from circuitflow.errors import UserError, nearest
+from circuitflow.models.architectures import ARCHITECTURES
+from circuitflow.models.sites import parse_site
+
+UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "bundled", "files", "task"}
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate a configuration.
+
+    :raises UserError: the first mistake, as one sentence with the key's path and the nearest valid choice.
+    """
+    try:
+        config = Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_sentence(error, [])) from None
+    for site in config.dictionaries.overrides:
+        if site not in config.sites:
+            raise UserError(
+                f"Key dictionaries.overrides.{site} names a site that is not in sites; {nearest(site, config.sites)}."
+            )
+        try:
+            config.dictionary(site)
+        except ValidationError as error:
+            raise UserError(_sentence(error, ["dictionaries", "overrides", site])) from None
+    _check_sites(config)
+    _check_dictionaries(config)
+    _check_sizes(config)
+    _check_files(config)
+    return config
+
+
+def _check_sites(config: Config) -> None:
+    for site in config.sites:
+        parse_site(site)
+    repeated = sorted({site for site in config.sites if config.sites.count(site) > 1})
+    if repeated:
+        raise UserError(f"Key sites lists {repeated[0]} more than once; name each site once.")
+    others = [site for site in config.sites if not site.startswith("resid.")]
+    if others:
+        raise UserError(
+            f"Key sites has {others[0]}, but edges and faithfulness work on residual sites only so far; use resid.L."
+        )
+    source = config.model.source
+    if isinstance(source, ToySource):
+        deepest = source.layers - 1
+        for site in config.sites:
+            layer = parse_site(site).layer
+            if layer is not None and layer > deepest:
+                raise UserError(
+                    f"Key sites has {site}, but model {config.model.name} has {source.layers} layers; the deepest is "
+                    f"resid.{deepest}."
+                )
+    for key, value in (
+        ("model.architecture", config.model.architecture),
+        ("model.source.architecture", getattr(source, "architecture", "auto")),
+    ):
+        if value != "auto" and value not in ARCHITECTURES:
+            raise UserError(f"Key {key} is {value}, which is not supported; {nearest(value, ARCHITECTURES)}.")
+
+
+def _check_dictionaries(config: Config) -> None:
+    for site in config.sites:
+        settings = config.dictionary(site)
+        if settings.k > settings.d_dict:
+            raise UserError(
+                f"Key dictionaries.k is {settings.k} for {site}, more than its d_dict of {settings.d_dict}; lower k or "
+                "raise d_dict."
+            )
+        if settings.kind == "decoder_only" and settings.weights is None:
+            raise UserError(
+                f"Key dictionaries.weights is missing for {site}: kind decoder_only reads W_dec from a safetensors "
+                "file; name it."
+            )
+
+
+def _check_sizes(config: Config) -> None:
+    if config.activations.shard_rows % config.corpus.block:
+        below = config.activations.shard_rows // config.corpus.block * config.corpus.block
+        raise UserError(
+            f"Key activations.shard_rows is {config.activations.shard_rows}, not a multiple of corpus.block "
+            f"({config.corpus.block}); try {max(below, config.corpus.block)}."
+        )
+
+
+def _check_files(config: Config) -> None:
+    files: dict[str, str] = {}
+    if isinstance(config.task.pairs, ImportedPairs):
+        files |= {"task.pairs.train": config.task.pairs.train, "task.pairs.test": config.task.pairs.test}
+    if isinstance(config.model.source, PathSource):
+        files["model.source.path"] = config.model.source.path
+    for site in config.sites:
+        weights = config.dictionary(site).weights
+        if weights is not None:
+            files["dictionaries.weights"] = weights
+    for key, name in files.items():
+        if not Path(name).exists():
+            siblings = (
+                [entry.name for entry in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
+            )
+            hint = f"; {nearest(Path(name).name, siblings)}" if siblings else ""
+            raise UserError(f"Key {key} names {name}, which does not exist{hint}.")
+    for source in config.corpus.sources:
+        if isinstance(source, TextFiles) and not any(Path().glob(source.glob)):
+            raise UserError(f"Key corpus.sources has the pattern {source.glob}, which matches no file.")
+
+
+def _sentence(error: ValidationError, where: list[str]) -> str:
+    """The most telling of the mistakes: an unknown key explains a missing one, so it comes first."""
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    path = [str(part) for part in problem["loc"]]
+    shown = ".".join([*where, *_without_union_tags(path)])
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        inside = ["dictionaries", *path] if where else path  # an override has the keys of its section
+        return f"Unknown key {shown}; {nearest(path[-1], _keys_beside(inside))}."
+    if kind == "missing":
+        return f"Key {shown} is missing; add it (see config.yaml for every key)."
+    if kind == "union_tag_invalid":
+        return f"Key {shown}.kind is {context['tag']}; {nearest(context['tag'], _choices(context['expected_tags']))}."
+    if kind == "literal_error":
+        return f"Key {shown} is {value}; {nearest(value, _choices(context['expected']))}."
+    if kind == "too_short":
+        return f"Key {shown} is empty; name at least one."
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    number_as_text = kind == "float_type" and isinstance(value, str)
+    hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if number_as_text else ""
+    return f"Key {shown} is {value!r}, but {message[0].lower()}{message[1:]}{hint}."
+
+
+def _choices(expected: object) -> list[str]:
+    """pydantic lists choices as "'a', 'b' or 'c'"."""
+    return str(expected).replace("'", "").replace(" or ", ", ").split(", ")
+
+
+def _without_union_tags(path: list[str]) -> list[str]:
+    """The path as the user wrote it: pydantic adds the chosen member of a union after source, pairs and sources.N."""
+    tagged = {"source", "pairs"}
+    kept = []
+    for before, part in zip(["", *path], path, strict=False):
+        of_union = before in tagged or (before.isdigit() and len(kept) > 1 and kept[-2] == "sources")
+        if not (of_union and part in UNION_TAGS):
+            kept.append(part)
+    return kept
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    """Keys that are valid where an unknown one was found, by walking the schema along the path."""
+    schema = json_schema()
+    definitions = schema["$defs"]
+
+    def options(node: dict[str, Any]) -> list[dict[str, Any]]:
+        if "$ref" in node:
+            return options(definitions[node["$ref"].rsplit("/", 1)[-1]])
+        for key in ("oneOf", "anyOf", "allOf"):
+            if key in node:
+                return [found for part in node[key] for found in options(part)]
+        return [node]
+
+    nodes = options(schema)
+    for part in path[:-1]:
+        following: list[dict[str, Any]] = []
+        for node in nodes:
+            if part in node.get("properties", {}):
+                following += options(node["properties"][part])
+            elif part.isdigit() and "items" in node:
+                following += options(node["items"])
+            elif node.get("properties", {}).get("kind", {}).get("const") == part:
+                following.append(node)  # pydantic names the chosen member of a union in the path
+        nodes = following or nodes
+    return sorted({key for node in nodes for key in node.get("properties", {})})

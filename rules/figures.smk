@@ -1,0 +1,178 @@
+rule plot_task_accuracy:
+    input:
+        prompts=f"{TASK}/confident/prompts.parquet",
+    output:
+        png=report(
+            f"{SET}/figures/task_accuracy.png",
+            caption="../resources/captions/task_accuracy.rst",
+            category="Task",
+        ),
+        svg=f"{SET}/figures/task_accuracy.svg",
+    log:
+        f"{LOGS}/plot_task_accuracy.log",
+    benchmark:
+        f"{ROWS}/plot_task_accuracy.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        code=code("plot_task_accuracy"),
+    message:
+        "Draw the figure task_accuracy"
+    script:
+        "../workflow_scripts/plot_task_accuracy.py"
+
+
+rule plot_training_curves:
+    input:
+        dictionaries=expand(f"{TRAINED}/{{site}}.json", site=SITES),
+    output:
+        png=report(
+            f"{SET}/figures/training_curves.png",
+            caption="../resources/captions/training_curves.rst",
+            category="Dictionaries",
+        ),
+        svg=f"{SET}/figures/training_curves.svg",
+    log:
+        f"{LOGS}/plot_training_curves.log",
+    benchmark:
+        f"{ROWS}/plot_training_curves.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        code=code("plot_training_curves"),
+    message:
+        "Draw the figure training_curves"
+    script:
+        "../workflow_scripts/plot_training_curves.py"
+
+
+rule plot_layer_importance:
+    input:
+        layers=f"{SET}/ranking/layers.parquet",
+    output:
+        png=report(
+            f"{SET}/figures/layer_importance.png",
+            caption="../resources/captions/layer_importance.rst",
+            category="Scores",
+        ),
+        svg=f"{SET}/figures/layer_importance.svg",
+    log:
+        f"{LOGS}/plot_layer_importance.log",
+    benchmark:
+        f"{ROWS}/plot_layer_importance.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        code=code("plot_layer_importance"),
+    message:
+        "Draw the figure layer_importance"
+    script:
+        "../workflow_scripts/plot_layer_importance.py"
+
+
+rule plot_agreement:
+    input:
+        nodes=f"{SET}/ranking/nodes.parquet",
+        agreement=f"{SET}/ranking/agreement.parquet",
+    output:
+        png=report(
+            f"{SET}/figures/agreement.png",
+            caption="../resources/captions/agreement.rst",
+            category="Scores",
+        ),
+        svg=f"{SET}/figures/agreement.svg",
+    log:
+        f"{LOGS}/plot_agreement.log",
+    benchmark:
+        f"{ROWS}/plot_agreement.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        code=code("plot_agreement"),
+    message:
+        "Draw the figure agreement"
+    script:
+        "../workflow_scripts/plot_agreement.py"
+
+
+rule plot_top_features:
+    input:
+        nodes=f"{SET}/ranking/nodes.parquet",
+        features=expand(f"{SET}/features/{{site}}.json", site=SITES),
+    output:
+        png=report(
+            f"{SET}/figures/top_features.png",
+            caption="../resources/captions/top_features.rst",
+            category="Features",
+        ),
+        svg=f"{SET}/figures/top_features.svg",
+    log:
+        f"{LOGS}/plot_top_features.log",
+    benchmark:
+        f"{ROWS}/plot_top_features.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        top=CFG.plots.top_features,
+        code=code("plot_top_features"),
+    message:
+        "Draw the figure top_features"
+    script:
+        "../workflow_scripts/plot_top_features.py"
+
+
+rule plot_faithfulness:
+    input:
+        faithfulness=f"{SET}/faithfulness.parquet",
+    output:
+        png=report(
+            f"{SET}/figures/faithfulness.png",
+            caption="../resources/captions/faithfulness.rst",
+            category="Circuit",
+        ),
+        svg=f"{SET}/figures/faithfulness.svg",
+    log:
+        f"{LOGS}/plot_faithfulness.log",
+    benchmark:
+        f"{ROWS}/plot_faithfulness.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        code=code("plot_faithfulness"),
+    message:
+        "Draw the figure faithfulness"
+    script:
+        "../workflow_scripts/plot_faithfulness.py"
+
+
+rule plot_circuit:
+    input:
+        circuit=f"{SET}/circuit.json",
+        features=expand(f"{SET}/features/{{site}}.json", site=SITES),
+    output:
+        png=report(
+            f"{SET}/figures/circuit.png",
+            caption="../resources/captions/circuit.rst",
+            category="Circuit",
+        ),
+        svg=f"{SET}/figures/circuit.svg",
+    log:
+        f"{LOGS}/plot_circuit.log",
+    benchmark:
+        f"{ROWS}/plot_circuit.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        style=STYLE,
+        max_edges=CFG.plots.max_edges,
+        code=code("plot_circuit"),
+    message:
+        "Draw the figure circuit"
+    script:
+        "../workflow_scripts/plot_circuit.py"

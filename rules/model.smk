@@ -1,0 +1,23 @@
+rule prepare_model:
+    input:
+        files=MODEL_FILES,
+    output:
+        manifest=f"{MODEL}/model/manifest.json",
+    log:
+        f"{LOGS}/prepare_model.log",
+    benchmark:
+        f"{ROWS}/prepare_model.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=lambda wildcards, attempt: 6000 * attempt,
+        runtime=60,
+    params:
+        source=CFG.model.source.model_dump(),
+        architecture=CFG.model.architecture,
+        required_sites=SITES,
+        code=code("prepare_model"),
+    message:
+        "Make the model ready"
+    script:
+        "../workflow_scripts/prepare_model.py"

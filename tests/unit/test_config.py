@@ -1,0 +1,101 @@
+"""The configuration: ready-made files are valid, and every mistake gives one telling sentence."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from circuitflow.config import json_schema
+from circuitflow.config_checks import parse_config
+from circuitflow.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+def put(path: str, value: Any) -> Callable[[dict], None]:
+    *parents, last = path.split("/")
+
+    def edit(config: dict) -> None:
+        for part in parents:
+            config = config[int(part)] if isinstance(config, list) else config[part]
+        config[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("file", ["config.yaml", *sorted(f"configs/{p.name}" for p in (ROOT / "configs").iterdir())])
+def test_ready_made_configurations_are_valid(file: str) -> None:
+    config = parse_config(yaml.safe_load((ROOT / file).read_text(encoding="utf-8")))
+    assert config.sites
+
+
+MISTAKES = [
+    (put("colour", 1), "Unknown key colour;"),
+    (put("dictionaries/kk", 3), "Unknown key dictionaries.kk; did you mean 'k'?"),
+    (put("dictionaries/k", "a"), "Key dictionaries.k is 'a', but it should be a valid integer."),
+    (put("dictionaries/k", 9999), "more than its d_dict of 4608; lower k or raise d_dict"),
+    (put("dictionaries/kind", "topkk"), "Key dictionaries.kind is topkk; did you mean 'topk'?"),
+    (put("dictionaries/training/learning_rate", "1e-3"), "(YAML reads 3e-4 as text: write 3.0e-4)"),
+    (put("dictionaries/overrides", {"resid.13": {"k": 3}}), "Key dictionaries.overrides.resid.13 names a site"),
+    (put("dictionaries/overrides", {"resid.12": {"kk": 3}}), "Unknown key dictionaries.overrides.resid.12.kk; did you mean 'k'?"),
+    (put("sites", []), "Key sites is empty; name at least one."),
+    (put("sites", ["resid.x"]), "Site 'resid.x' needs a layer"),
+    (put("sites", ["residd.3"]), "did you mean 'resid'?"),
+    (put("sites", ["resid.3", "resid.3"]), "Key sites lists resid.3 more than once"),
+    (put("sites", ["mlp.3"]), "residual sites only"),
+    (put("model/architecture", "lama"), "did you mean 'llama'?"),
+    (put("model/source/kind", "whel"), "Key model.source.kind is whel; did you mean 'wheel'?"),
+    (put("model/source/sha", "x"), "Unknown key model.source.sha; did you mean 'sha256'?"),
+    (put("model/source", {"kind": "path", "path": "configz"}), "Key model.source.path names configz, which does not exist"),
+    (put("circuit/nodes", {"top": 3, "threshold": 0.1}), "give either top or threshold"),
+    (put("task/pairs", {"kind": "import", "train": "x.jsonl", "test": "y"}), "Key task.pairs.train names x.jsonl"),
+    (put("corpus/sources/0/token", 1), "Unknown key corpus.sources.0.token; did you mean 'tokens'?"),
+    (put("corpus/sources", [{"kind": "files", "glob": "nowhere/*.txt", "tokens": 5}]), "matches no file"),
+    (put("activations/shard_rows", 1000), "not a multiple of corpus.block (128); try 896"),
+    (put("dictionaries/kind", "decoder_only"), "Key dictionaries.weights is missing"),
+    (lambda config: config.pop("task"), "Key task is missing"),
+]
+
+
+@pytest.mark.parametrize(("edit", "telling"), MISTAKES, ids=[telling for _, telling in MISTAKES])
+def test_a_mistake_gives_one_sentence(edit: Callable[[dict], None], telling: str) -> None:
+    config = copy.deepcopy(DEFAULT)
+    edit(config)
+    with pytest.raises(UserError) as caught:
+        parse_config(config)
+    sentence = str(caught.value)
+    assert telling in sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_a_site_beyond_a_known_depth_is_refused_before_any_job() -> None:
+    config = yaml.safe_load((ROOT / "configs/tiny.yaml").read_text(encoding="utf-8"))
+    config["sites"] = ["resid.0", "resid.7"]
+    with pytest.raises(UserError, match=r"resid\.7, but model tiny has 4 layers; the deepest is resid\.3"):
+        parse_config(config)
+
+
+def test_overrides_change_one_site_and_keep_the_rest() -> None:
+    config = copy.deepcopy(DEFAULT)
+    config["dictionaries"]["overrides"] = {"resid.12": {"k": 64, "training": {"epochs": 2.0}}}
+    parsed = parse_config(config)
+    assert parsed.dictionary("resid.12").k == 64
+    assert parsed.dictionary("resid.12").training.epochs == 2.0
+    assert parsed.dictionary("resid.12").training.batch == 4096
+    assert parsed.dictionary("resid.6").k == 32
+
+
+def test_every_key_is_documented() -> None:
+    schema = json_schema()
+    nameless = [
+        f"{name}.{key}"
+        for name, section in schema["$defs"].items()
+        for key, value in section.get("properties", {}).items()
+        if "description" not in value and "const" not in value
+    ]
+    assert nameless == []

@@ -1,0 +1,7 @@
+"""Train (or make) one site's dictionary."""
+
+from circuitflow.dictionaries.training import train_dictionary
+from circuitflow.jobs import run_stage
+
+if "snakemake" in globals():
+    run_stage(snakemake, train_dictionary, kind="dictionary", arrays={"activations": ["{site}"]})
