@@ -181,6 +181,7 @@ def _environment(job: Any) -> Iterator[None]:
         _end_unexpected(job, error, log)
     finally:
         board.finish()
+        _end_logging()
 
 
 def _end_unexpected(job: Any, error: Exception, log: Path) -> None:
@@ -196,13 +197,19 @@ def _end(sentence: str) -> None:
 def _set_up_logging(log: Path) -> None:
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    logger.handlers.clear()
     to_file = logging.FileHandler(log, mode="a", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = logging.StreamHandler(sys.stderr)
     to_screen.setLevel(logging.INFO)
     logger.addHandler(to_file)
     logger.addHandler(to_screen)
+
+
+def _end_logging() -> None:
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
 
 
 def _apply_compute(compute: Mapping[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""Kept work: an object is a folder named by the fingerprint of what shaped it; a manifest is a small file that points there.
+"""Kept work: an object is a folder named by the fingerprint of what shaped it; a manifest is a file that points there.
 
 ``results/{model}/objects/<fingerprint>/`` holds the files of a finished stage, or the shards and state of an unfinished
 one. Manifests and tables elsewhere under ``results/{model}/`` name the object they came from; what none names can be
@@ -67,12 +67,12 @@ class Manifest:
             if candidate.is_dir():
                 return candidate
         raise UserError(
-            f"Object {self.object} of {path} is gone from the {OBJECTS}/ folder; delete {path} and run again to remake it."
+            f"Object {self.object} of {path} is gone from {OBJECTS}/; delete {path} and run again to remake it."
         )
 
     def write(self, path: Path) -> None:
         """Write the manifest; equal work gives equal bytes."""
-        write_json(path, {key: value for key, value in vars(self).items()})
+        write_json(path, vars(self))
 
 
 def read_manifest(path: Path, kind: str | None = None) -> Manifest:

@@ -1,0 +1,88 @@
+"""A copy of the repository in which the tiny configuration has run, and a way to ask what would run again."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("Snakefile", "rules", "workflow_scripts", "circuitflow", "resources", "profiles", "slurm", "envs", "configs")
+STATS_ROW = re.compile(r"^(\w+)\s+(\d+)$", re.MULTILINE)
+
+
+@dataclass
+class Clone:
+    """A working copy of the workflow with a configuration of its own, ``run.yaml``."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "run.yaml"
+
+    def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "run.yaml", *arguments]
+        done = subprocess.run(command, cwd=self.root, env=self.environment(), capture_output=True, text=True)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def circuitflow(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        program = "from circuitflow.cli import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=self.root,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+        )
+
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """Jobs by rule that a run would do now, ``all`` left out."""
+        output = self.snakemake("-n", "--quiet", "rules", *arguments).stdout
+        jobs = {name: int(count) for name, count in STATS_ROW.findall(output)}
+        return {name: count for name, count in jobs.items() if name not in ("all", "total")}
+
+    def environment(self) -> dict[str, str]:
+        """The copy's library comes before an installed one."""
+        return {**os.environ, "PYTHONPATH": str(self.root), "HF_HUB_OFFLINE": "1"}
+
+    @contextmanager
+    def edited(self, file: str, old: str, new: str) -> Iterator[None]:
+        """A text edit for the time of the block; afterwards the file is as it was, modification time included."""
+        path = self.root / file
+        text, times = path.read_text(encoding="utf-8"), path.stat()
+        assert old in text, f"{file} has no {old!r}"
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        try:
+            yield
+        finally:
+            path.write_text(text, encoding="utf-8")
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def copy_repository(target: Path) -> Clone:
+    """The files that a run needs, without results."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target / name)
+    shutil.copy2(ROOT / "configs/tiny.yaml", target / "run.yaml")
+    return Clone(target)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy in which the tiny configuration has run to its end. Tests leave it as they found it."""
+    clone = copy_repository(tmp_path_factory.mktemp("finished"))
+    clone.snakemake()
+    return clone
