@@ -31,7 +31,7 @@ def main() -> None:
 @app.command()
 def fetch(configfile: ConfigFile = Path("config.yaml")) -> None:
     """Download the model of a configuration, so that the run itself needs no network."""
-    from circuitflow.models.sources import fetch as fetch_source
+    from circuitflow.models.fetching import fetch as fetch_source
 
     config = _config(configfile)
     source = config.model.source.model_dump()
@@ -104,6 +104,10 @@ def clean(
     """Remove kept objects that no result points to, after showing their sizes."""
     from circuitflow.store.cleaning import remove, unreferenced
 
+    if any(Path(".snakemake/locks").glob("*")):
+        raise UserError(
+            "A run is under way here, or was killed; wait for it, or clear its lock with `circuitflow unlock`."
+        )
     found = [item for item in unreferenced(results) if partial or not item.partial]
     for item in found:
         typer.echo(f"{item.size / 1e6:10.1f} MB  {item.path}{'  (unfinished)' if item.partial else ''}")
@@ -112,8 +116,8 @@ def clean(
         return
     total = sum(item.size for item in found) / 1e6
     if yes or typer.confirm(f"Remove {len(found)} object(s), {total:.1f} MB?"):
-        remove(found)
-        typer.echo(f"Removed {total:.1f} MB.")
+        gone = remove(found)
+        typer.echo(f"Removed {len(gone)} object(s), {sum(item.size for item in gone) / 1e6:.1f} MB.")
 
 
 @app.command()

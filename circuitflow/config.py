@@ -172,7 +172,7 @@ class TaskSection(Section):
     generation_prefix: str = ""
     """Text put before the answer when a chat template is used."""
     prepend_bos: bool = False
-    """Put the beginning-of-sequence token before each prompt."""
+    """Put the token that starts a document before each prompt; it also takes the role of attention sink."""
 
 
 class BundledText(Section):

@@ -145,7 +145,7 @@ def _choices(expected: object) -> list[str]:
 def _without_union_tags(path: list[str]) -> list[str]:
     """The path as the user wrote it: pydantic adds the chosen member of a union after source, pairs and sources.N."""
     tagged = {"source", "pairs"}
-    kept = []
+    kept: list[str] = []
     for before, part in zip(["", *path], path, strict=False):
         of_union = before in tagged or (before.isdigit() and len(kept) > 1 and kept[-2] == "sources")
         if not (of_union and part in UNION_TAGS):

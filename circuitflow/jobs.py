@@ -166,7 +166,7 @@ def _environment(job: Any) -> Iterator[None]:
     _set_up_logging(log)
     board.announce(_name(job), log.with_suffix(".progress.json"))
     try:
-        _apply_compute(dict(job.params.items()).get("compute"))
+        apply_compute(dict(job.params.items()).get("compute"))
         yield
     except UserError as error:
         _end(f"{_name(job)}: error: {error}")
@@ -212,7 +212,7 @@ def _end_logging() -> None:
     logger.propagate = True
 
 
-def _apply_compute(compute: Mapping[str, Any] | None) -> None:
+def apply_compute(compute: Mapping[str, Any] | None) -> None:
     """Threads and determinism change sums, so they come from the configuration and never from the machine."""
     if compute is None:
         return

@@ -38,6 +38,7 @@ rule score_nodes:
     output:
         scores=f"{SET}/scores/{{site}}.parquet",
         positions=f"{SET}/scores/{{site}}.positions.parquet",
+        pairs=f"{SET}/scores/{{site}}.pairs.parquet",
     log:
         f"{LOGS}/score_nodes.{{site}}.log",
     benchmark:
@@ -61,6 +62,7 @@ rule score_nodes:
 rule rank_features:
     input:
         scores=expand(f"{SET}/scores/{{site}}.parquet", site=SITES),
+        pairs=expand(f"{SET}/scores/{{site}}.pairs.parquet", site=SITES),
     output:
         nodes=f"{SET}/ranking/nodes.parquet",
         agreement=f"{SET}/ranking/agreement.parquet",

@@ -1,6 +1,7 @@
 # Where things are; no rules.
 from itertools import pairwise
 
+from circuitflow.models.fetching import local_files
 from circuitflow.models.sites import depth_order, parse_site
 from circuitflow.provenance import code_digest
 
@@ -10,6 +11,8 @@ TRAINED = f"{MODEL}/dictionaries/{CFG.dictionaries.name}"
 SET = f"{TASK}/{CFG.dictionaries.name}"
 LOGS = f"logs/{CFG.model.name}"
 ROWS = f"results/benchmarks/{CFG.model.name}"
+LEXICON = "resources/agreement/lexicon.json"
+TEMPLATES = "resources/agreement/templates.json"
 ENVIRONMENT = "../envs/circuitflow.yaml"
 
 SITES = sorted(CFG.sites, key=lambda site: depth_order(parse_site(site)))
@@ -57,11 +60,7 @@ def code(rule):
     return code_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py")
 
 
-MODEL_FILES = (
-    named_files([f"{CFG.model.source.path}/*"])
-    if CFG.model.source.kind == "path"
-    else []
-)
+MODEL_FILES = [str(file) for file in local_files(CFG.model.source.model_dump())]
 CORPUS_FILES = named_files(
     source.glob for source in CFG.corpus.sources if source.kind == "files"
 )

@@ -2,8 +2,8 @@ if CFG.task.pairs.kind == "generate":
 
     rule generate_pairs:
         input:
-            lexicon="resources/agreement/lexicon.json",
-            templates="resources/agreement/templates.json",
+            lexicon=LEXICON,
+            templates=TEMPLATES,
         output:
             train=f"{TASK}/pairs/train.jsonl",
             test=f"{TASK}/pairs/test.jsonl",

@@ -11,6 +11,7 @@ rule build_report:
         faithfulness=f"{SET}/faithfulness.parquet",
         figures=expand(f"{SET}/figures/{{plot}}.svg", plot=PLOTS),
         captions=expand("resources/captions/{plot}.rst", plot=PLOTS),
+        templates=expand("resources/report/page.{part}", part=["html.j2", "css", "js"]),
     output:
         page=f"{SET}/report.html",
     log:

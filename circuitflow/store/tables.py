@@ -62,7 +62,9 @@ def _open(path: Path, read: Any) -> Any:
     except FileNotFoundError:
         raise UserError(f"Table {path} does not exist; run the stage that makes it.") from None
     except pa.ArrowInvalid as error:
-        raise UserError(f"Table {path} is not a readable Parquet file ({error}); delete it and run again.") from None
+        raise UserError(
+            f"Table {path} is not a readable Parquet file ({error}); delete it and run again."
+        ) from None
 
 
 def _content(table: pa.Table) -> str:

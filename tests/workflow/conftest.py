@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("Snakefile", "rules", "workflow_scripts", "circuitflow", "resources", "profiles", "slurm", "envs", "configs")
+COPIED = (
+    "Snakefile",
+    "rules",
+    "workflow_scripts",
+    "circuitflow",
+    "resources",
+    "profiles",
+    "slurm",
+    "envs",
+    "configs",
+)
 STATS_ROW = re.compile(r"^(\w+)\s+(\d+)$", re.MULTILINE)
 
 

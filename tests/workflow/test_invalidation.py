@@ -35,13 +35,17 @@ AFTER_DICTIONARIES = AFTER_SCORES | {
 }
 AFTER_HARVEST = AFTER_DICTIONARIES | {"cache_activations": 1}
 AFTER_GRADIENTS = AFTER_SCORES | {"cache_gradients": 2}
-AFTER_PAIRS = AFTER_GRADIENTS | AFTER_HARVEST | {
-    "generate_pairs": 1,
-    "tokenize_pairs": 1,
-    "filter_pairs": 1,
-    "tokenize_corpus": 1,
-    "plot_task_accuracy": 1,
-}
+AFTER_PAIRS = (
+    AFTER_GRADIENTS
+    | AFTER_HARVEST
+    | {
+        "generate_pairs": 1,
+        "tokenize_pairs": 1,
+        "filter_pairs": 1,
+        "tokenize_corpus": 1,
+        "plot_task_accuracy": 1,
+    }
+)
 ONE_DICTIONARY = AFTER_RANKING | {
     "train_dictionary": 1,
     "measure_dictionary": 1,
@@ -54,13 +58,17 @@ TRAINER = "circuitflow/dictionaries/trainer.py"
 CONFIG_EDITS = {
     "k of one dictionary": ("k: 8\n", "k: 8\n  overrides: {resid.1: {k: 4}}\n", ONE_DICTIONARY),
     "k of every dictionary": ("k: 8\n", "k: 6\n", AFTER_DICTIONARIES),
-    "number of pairs": ("train: 16, test: 8", "train: 18, test: 8", AFTER_PAIRS),
-    "plot colour": ("features: {top: 5", "plots: {palette: {positive: navy}}\nfeatures: {top: 5", FIGURES | PAGE),
+    "number of pairs": ("train: 60, test: 12", "train: 62, test: 12", AFTER_PAIRS),
+    "plot colour": (
+        "features: {top: 5",
+        "plots: {palette: {positive: navy}}\nfeatures: {top: 5",
+        FIGURES | PAGE,
+    ),
     "circuit threshold inside the pool": ("nodes: {top: 20}", "nodes: {threshold: 0.01}", AFTER_EDGES),
     "bootstrap resamples": ("bootstrap: 200", "bootstrap: 300", FAITHFULNESS),
     "corpus size": (
-        "tokens: 6000",
-        "tokens: 5000",
+        "tokens: 4000",
+        "tokens: 3000",
         AFTER_HARVEST | {"tokenize_corpus": 1},
     ),
     "a site added": (
@@ -68,15 +76,17 @@ CONFIG_EDITS = {
         "sites: [resid.0, resid.1, resid.2, resid.3]",
         AFTER_HARVEST
         | AFTER_GRADIENTS
-        | {"prepare_model": 1}
-        | dict.fromkeys(("train_dictionary", "measure_dictionary", "score_nodes", "describe_features"), SITES + 1)
+        | {"prepare_toy": 1}
+        | dict.fromkeys(
+            ("train_dictionary", "measure_dictionary", "score_nodes", "describe_features"), SITES + 1
+        )
         | {"score_edges": SITES},
     ),
     "pool of edges": ("edges: {pool: 12}", "edges: {pool: 14}", {"score_edges": SITES - 1} | AFTER_EDGES),
     "overlap@k": (
         "overlap_at: [5, 20]",
         "overlap_at: [5, 10]",
-        {k: v for k, v in AFTER_RANKING.items()},
+        AFTER_RANKING,
     ),
     "batch of the harvest": ("batch_blocks: 8}", "batch_blocks: 4}", AFTER_HARVEST),
     "a comment in the configuration": ("# Seconds instead", "# Moments instead", {}),
@@ -106,7 +116,12 @@ CODE_EDITS = {
         "import matplotlib\n\nUNUSED = 1\n",
         FIGURES | PAGE,
     ),
-    "a line in the error messages": ("circuitflow/errors.py", "import difflib\n", "import difflib\n\nUNUSED = 1\n", {}),
+    "a line in the error messages": (
+        "circuitflow/errors.py",
+        "import difflib\n",
+        "import difflib\n\nUNUSED = 1\n",
+        {},
+    ),
     "a line in the configuration's code": (
         "circuitflow/config.py",
         "class Section",
@@ -149,7 +164,11 @@ def test_touching_a_small_input_without_change_re_runs_nothing(finished: Clone) 
 @pytest.mark.slow
 def test_a_deleted_shard_stops_the_first_reader_with_the_command_that_repairs_it(finished: Clone) -> None:
     manifest = "results/tiny/activations/manifest.json"
-    shard = next(path for path in sorted((finished.root / "results/tiny/objects").rglob("c/1/0")) if "resid" in str(path))
+    shard = next(
+        path
+        for path in sorted((finished.root / "results/tiny/objects").rglob("c/1/0"))
+        if "resid" in str(path)
+    )
     kept, times = shard.read_bytes(), shard.stat()
     shard.unlink()
     assert finished.planned() == {}, "a dry run cannot see inside a store"
@@ -183,7 +202,9 @@ def test_going_to_other_settings_and_back_computes_nothing_again(finished: Clone
 
 
 @pytest.mark.slow
-def test_an_upstream_stage_with_an_identical_result_costs_its_followers_only_their_start(finished: Clone) -> None:
+def test_an_upstream_stage_with_an_identical_result_costs_its_followers_only_their_start(
+    finished: Clone,
+) -> None:
     """Another batch size gives the same activations here: the harvest runs, every follower finds its work kept."""
     before = digests(finished.root / "results/tiny", "resid.*.parquet")
     forced = finished.snakemake("--forcerun", "tokenize_corpus")

@@ -1,0 +1,127 @@
+"""Runs killed at random moments and started again give the bytes of a run never killed, and repeat nothing finished."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.workflow.conftest import Clone, copy_repository
+from tests.workflow.test_invalidation import digests
+
+KILLS = 5
+CHECKPOINT_SECONDS = "0.2"
+LONGER = {
+    "tokens: 4000": "tokens: 24000",
+    "epochs: 4.0": "epochs: 30.0",
+    "sites: [resid.0, resid.1, resid.2]": "sites: [resid.1]",
+    "shard_rows: 1024": "shard_rows: 256",
+    "batch_blocks: 8}": "batch_blocks: 1}",
+}
+"""Edits that make the two stages last a few seconds each."""
+
+
+def longer_clone(root: Path) -> Clone:
+    clone = copy_repository(root)
+    text = clone.config.read_text(encoding="utf-8")
+    for old, new in LONGER.items():
+        assert old in text
+        text = text.replace(old, new)
+    clone.config.write_text(text, encoding="utf-8")
+    return clone
+
+
+def start(clone: Clone, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "run.yaml", *arguments]
+    environment = {**clone.environment(), "CIRCUITFLOW_CHECKPOINT_SECONDS": CHECKPOINT_SECONDS}
+    with open(clone.root / "screen.txt", "ab") as screen:
+        return subprocess.Popen(command, cwd=clone.root, env=environment, stdout=screen, stderr=screen)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process and all below it: no handler runs, nothing is tidied up."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for one in [process.pid, *(child.pid for child in below)]:
+        try:
+            os.kill(one, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    psutil.wait_procs(below, timeout=10)
+
+
+def in_progress(clone: Clone, rule: str) -> bool:
+    return any((clone.root / "logs").rglob(f"{rule}*.progress.json"))
+
+
+def kill_during(clone: Clone, rule: str, target: str, wait: float) -> bool:
+    """Start a run, kill it ``wait`` seconds after the rule has begun its work; False if it ended before."""
+    for stale in (clone.root / "logs").rglob("*.progress.json"):
+        stale.unlink()
+    process = start(clone, target)
+    deadline = time.monotonic() + 120
+    while not in_progress(clone, rule):
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    time.sleep(wait)
+    if process.poll() is not None:
+        return False
+    kill_tree(process)
+    return True
+
+
+TARGETS = {
+    "cache_activations": "results/tiny/activations/manifest.json",
+    "train_dictionary": "results/tiny/dictionaries/topk-8/resid.1.json",
+}
+
+
+RESUMED = {
+    "cache_activations": r"going on after an interruption: (\d+) of",
+    "train_dictionary": r"resumed after step (\d+) of",
+}
+"""How the logs name the block or step from which a killed job went on."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_runs_give_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    reference, killed = longer_clone(tmp_path / "reference"), longer_clone(tmp_path / "killed")
+    reference.snakemake(TARGETS["train_dictionary"])
+    rng = random.Random(0)
+    resumed: dict[str, list[int]] = {}
+    for rule, target in TARGETS.items():
+        kills = 0
+        for _ in range(3 * KILLS):
+            kills += kill_during(killed, rule, target, rng.uniform(0.3, 1.2))
+            assert killed.circuitflow("unlock").returncode == 0
+            if kills == KILLS:
+                break
+        assert kills == KILLS, f"{rule} ended before it could be killed {KILLS} times"
+        finish = start(killed, target)
+        assert finish.wait() == 0, (killed.root / "screen.txt").read_text()
+        log = "".join(path.read_text() for path in (killed.root / "logs").rglob(f"{rule}*.log"))
+        resumed[rule] = [int(number) for number in re.findall(RESUMED[rule], log)]
+    assert max(resumed["cache_activations"]) > 0
+    assert max(resumed["train_dictionary"]) > 0
+    assert resumed["train_dictionary"] == sorted(resumed["train_dictionary"]), "a finished step was lost"
+    assert digests(killed.root / "results/tiny") == digests(reference.root / "results/tiny")
+    assert object_files(killed) == object_files(reference)
+
+
+def object_files(clone: Clone) -> dict[str, bytes]:
+    """Shards, weights and logs inside the objects themselves."""
+    root = clone.root / "results/tiny/objects"
+    names = ("weights.safetensors", "log.jsonl", "shards.json")
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and (path.name in names or "/c/" in str(path))
+    }
