@@ -21,8 +21,8 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-os.environ["CIRCUITFLOW_RECOMPUTE"] = CFG.recompute
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of NumPy would change sums
+# What jobs inherit; threads of NumPy would change sums.
+os.environ.update(CIRCUITFLOW_RECOMPUTE=CFG.recompute, OPENBLAS_NUM_THREADS="1")
 
 
 include: "rules/common.smk"

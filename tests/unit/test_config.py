@@ -27,7 +27,9 @@ def put(path: str, value: Any) -> Callable[[dict], None]:
     return edit
 
 
-@pytest.mark.parametrize("file", ["config.yaml", *sorted(f"configs/{p.name}" for p in (ROOT / "configs").iterdir())])
+@pytest.mark.parametrize(
+    "file", ["config.yaml", *sorted(f"configs/{p.name}" for p in (ROOT / "configs").iterdir())]
+)
 def test_ready_made_configurations_are_valid(file: str) -> None:
     config = parse_config(yaml.safe_load((ROOT / file).read_text(encoding="utf-8")))
     assert config.sites
@@ -40,8 +42,14 @@ MISTAKES = [
     (put("dictionaries/k", 9999), "more than its d_dict of 4608; lower k or raise d_dict"),
     (put("dictionaries/kind", "topkk"), "Key dictionaries.kind is topkk; did you mean 'topk'?"),
     (put("dictionaries/training/learning_rate", "1e-3"), "(YAML reads 3e-4 as text: write 3.0e-4)"),
-    (put("dictionaries/overrides", {"resid.13": {"k": 3}}), "Key dictionaries.overrides.resid.13 names a site"),
-    (put("dictionaries/overrides", {"resid.12": {"kk": 3}}), "Unknown key dictionaries.overrides.resid.12.kk; did you mean 'k'?"),
+    (
+        put("dictionaries/overrides", {"resid.13": {"k": 3}}),
+        "Key dictionaries.overrides.resid.13 names a site",
+    ),
+    (
+        put("dictionaries/overrides", {"resid.12": {"kk": 3}}),
+        "Unknown key dictionaries.overrides.resid.12.kk; did you mean 'k'?",
+    ),
     (put("sites", []), "Key sites is empty; name at least one."),
     (put("sites", ["resid.x"]), "Site 'resid.x' needs a layer"),
     (put("sites", ["residd.3"]), "did you mean 'resid'?"),
@@ -50,9 +58,15 @@ MISTAKES = [
     (put("model/architecture", "lama"), "did you mean 'llama'?"),
     (put("model/source/kind", "whel"), "Key model.source.kind is whel; did you mean 'wheel'?"),
     (put("model/source/sha", "x"), "Unknown key model.source.sha; did you mean 'sha256'?"),
-    (put("model/source", {"kind": "path", "path": "configz"}), "Key model.source.path names configz, which does not exist"),
+    (
+        put("model/source", {"kind": "path", "path": "configz"}),
+        "Key model.source.path names configz, which does not exist",
+    ),
     (put("circuit/nodes", {"top": 3, "threshold": 0.1}), "give either top or threshold"),
-    (put("task/pairs", {"kind": "import", "train": "x.jsonl", "test": "y"}), "Key task.pairs.train names x.jsonl"),
+    (
+        put("task/pairs", {"kind": "import", "train": "x.jsonl", "test": "y"}),
+        "Key task.pairs.train names x.jsonl",
+    ),
     (put("corpus/sources/0/token", 1), "Unknown key corpus.sources.0.token; did you mean 'tokens'?"),
     (put("corpus/sources", [{"kind": "files", "glob": "nowhere/*.txt", "tokens": 5}]), "matches no file"),
     (put("activations/shard_rows", 1000), "not a multiple of corpus.block (128); try 896"),

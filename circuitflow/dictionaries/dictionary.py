@@ -1,0 +1,209 @@
+"""The dictionary object: weights in raw activation units, sparse encoding and decoding, one safetensors file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from circuitflow.dictionaries.codes import Codes, concatenate_codes, decode_codes, empty_codes
+from circuitflow.dictionaries.selection import selection
+from circuitflow.dictionaries.tensors import read_tensors, write_tensors
+from circuitflow.errors import UserError
+from circuitflow.store.objects import read_manifest
+
+COMMON = ("W_enc", "b_enc", "W_dec", "b_dec")
+WEIGHTS_FILE = "weights.safetensors"
+ENCODE_ENTRIES = 1 << 24  # pre-activations held at once while encoding (64 MiB in float32)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The recorded outlier rule: tokens the dictionary was not made for. Their features are 0, their error x − b_dec.
+
+    ``positions`` count from the start of a prompt or block; ``max_norm`` is in raw activation units, None for
+    no limit.
+    """
+
+    positions: tuple[int, ...] = ()
+    max_norm: float | None = None
+
+    def mask(self, x: Float[Tensor, "n d_model"], positions: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """True for the vectors to skip."""
+        skipped = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+        for position in self.positions:
+            skipped |= positions.to(x.device) == position
+        if self.max_norm is not None:
+            skipped |= x.norm(dim=1) > self.max_norm
+        return skipped
+
+
+NO_SKIP = Skip()
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """Features that read one site and write it back: x̂ = Σ_i f_i·W_dec[i] + b_dec.
+
+    Pre-activations are x·W_encᵀ + b_enc; ``select`` names the rule that picks the active ones, ``settings``
+    holds its numbers (k …). Normalisation and a subtracted mean are folded in: inputs and outputs are raw
+    activations. On the active set the encoder is linear: ∂f_i/∂x = 1[i active]·W_enc[i]. ``W_enc`` is None
+    when only a decoder is known.
+    """
+
+    kind: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    select: str
+    W_enc: Float[Tensor, "d_dict d_model"] | None
+    b_enc: Float[Tensor, " d_dict"]
+    W_dec: Float[Tensor, "d_dict d_model"]
+    b_dec: Float[Tensor, " d_model"]
+    skip: Skip = NO_SKIP
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)  # facts about the making, for people to read
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # the rule's per-feature tensors: threshold …
+
+    @property
+    def d_model(self) -> int:
+        """Width of the site."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_dict(self) -> int:
+        """Number of features."""
+        return self.W_dec.shape[0]
+
+    def encode(self, x: Float[Tensor, "n d_model"], positions: Int64[Tensor, " n"]) -> Codes:
+        """Active features of each vector; none for vectors that the outlier rule skips.
+
+        :param positions: of each vector within its prompt or block.
+        :raises UserError: the dictionary has no encoder, or the vectors have another width.
+        """
+        if self.W_enc is None:
+            raise UserError(
+                f"Dictionary of kind {self.kind!r} at {', '.join(self.reads)} has no encoder, only a decoder; "
+                "use it for decoder-only scores or choose a kind with an encoder."
+            )
+        self._check_width(x)
+        kept = (~self.skip.mask(x, positions)).nonzero()[:, 0]
+        step = max(1, ENCODE_ENTRIES // self.d_dict)
+        parts = [self._encode_block(x[rows]) for rows in kept.split(step) if rows.numel()]
+        if not parts:
+            return empty_codes(x.shape[0], self.d_dict, self.W_dec)
+        return _spread(concatenate_codes(parts), kept, x.shape[0])
+
+    def decode(self, codes: Codes) -> Float[Tensor, "n d_model"]:
+        """Reconstruction x̂ from codes, b_dec included."""
+        return decode_codes(codes, self.W_dec) + self.b_dec
+
+    def error(self, x: Float[Tensor, "n d_model"], codes: Codes) -> Float[Tensor, "n d_model"]:
+        """What the features do not explain: x − x̂."""
+        return x - self.decode(codes)
+
+    def active(self, codes: Codes, features: Int64[Tensor, " m"]) -> Bool[Tensor, "n m"]:
+        """Whether each of a few features is active in each vector."""
+        return codes.columns(features) != 0
+
+    def to(self, target: torch.device | str | torch.dtype) -> "Dictionary":
+        """The dictionary on another device or in another floating-point type."""
+        encoder = None if self.W_enc is None else self.W_enc.to(target)
+        moved = {name: getattr(self, name).to(target) for name in ("b_enc", "W_dec", "b_dec")}
+        extra = {name: tensor.to(target) for name, tensor in self.extra.items()}
+        return replace(self, W_enc=encoder, extra=extra, **moved)
+
+    def _encode_block(self, x: Float[Tensor, "n d_model"]) -> Codes:
+        assert self.W_enc is not None
+        pre = torch.addmm(self.b_enc, x.to(self.W_enc.dtype), self.W_enc.T)
+        return selection(self.select)(pre, self.settings, self.extra)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_model:
+            raise UserError(
+                f"Dictionary at {', '.join(self.reads)} is {self.d_model} wide but was given vectors of width "
+                f"{x.shape[-1]}; use a dictionary trained on this model and site."
+            )
+
+
+def save_dictionary(path: Path, dictionary: Dictionary) -> None:
+    """Write weights and description to one safetensors file; equal dictionaries give equal bytes."""
+    tensors = {name: getattr(dictionary, name) for name in COMMON} | dict(dictionary.extra)
+    described = {
+        "kind": dictionary.kind,
+        "reads": list(dictionary.reads),
+        "writes": list(dictionary.writes),
+        "select": dictionary.select,
+        "d_model": dictionary.d_model,
+        "d_dict": dictionary.d_dict,
+        "skip": {"positions": list(dictionary.skip.positions), "max_norm": dictionary.skip.max_norm},
+        "settings": dict(dictionary.settings),
+        "notes": dict(dictionary.notes),
+    }
+    write_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, described)
+
+
+def load_dictionary(path: Path, width: int | None = None) -> Dictionary:
+    """Read a dictionary from its manifest (``{site}.json``) or straight from a safetensors file.
+
+    :param width: d_model that the caller needs, if known.
+    :raises UserError: the file is missing, damaged, not a dictionary of ours, or of another width.
+    """
+    file = _weights_path(Path(path))
+    described, tensors = _read(file)
+    if width is not None and described["d_model"] != width:
+        raise UserError(
+            f"Dictionary {file} is {described['d_model']} wide but the site is {width} wide; "
+            "use a dictionary trained on this model and site."
+        )
+    return Dictionary(
+        kind=described["kind"],
+        reads=tuple(described["reads"]),
+        writes=tuple(described["writes"]),
+        select=described["select"],
+        W_enc=tensors.get("W_enc"),
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        skip=Skip(tuple(described["skip"]["positions"]), described["skip"]["max_norm"]),
+        settings=described["settings"],
+        notes=described["notes"],
+        extra={name: tensor for name, tensor in tensors.items() if name not in COMMON},
+    )
+
+
+def _weights_path(path: Path) -> Path:
+    if path.suffix != ".json":
+        return path
+    return read_manifest(path, kind="dictionary").folder(path) / WEIGHTS_FILE
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, described = read_tensors(file)
+    if described is None or not {"b_enc", "W_dec", "b_dec"} <= set(tensors):
+        raise UserError(f"File {file} is not a circuitflow dictionary; name one made by train_dictionary.")
+    _check_shapes(file, described, tensors)
+    return described, tensors
+
+
+def _check_shapes(file: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    full, wide = (described["d_dict"], described["d_model"]), (described["d_model"],)
+    expected = {"W_enc": full, "W_dec": full, "b_dec": wide}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected.get(name, full[:1]):
+            raise UserError(
+                f"Dictionary {file}: {name} has shape {tuple(tensor.shape)}, expected {expected.get(name, full[:1])}; "
+                "the file is damaged or was edited: train or import it again."
+            )
+
+
+def _spread(codes: Codes, kept: Int64[Tensor, " m"], n: int) -> Codes:
+    """Codes of the vectors ``kept`` of ``n``; the others get no entries."""
+    if kept.shape[0] == n:
+        return codes
+    counts = torch.zeros(n, dtype=torch.int64, device=kept.device)
+    counts[kept] = codes.counts()
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Codes(offsets, codes.features, codes.values, codes.d_dict)

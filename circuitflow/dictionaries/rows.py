@@ -1,0 +1,76 @@
+"""The rows of one site in an activation store: which are held out, their positions, reading in chunks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from circuitflow.errors import UserError
+from circuitflow.store.arrays import Store, open_store
+
+CHUNK_ROWS = 8192  # rows read at once: fixed, so that sums do not depend on a setting
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """Rows of one site: row r is position ``r % block`` of block ``r // block``."""
+
+    store: Store
+    site: str
+    block: int
+    held_out: np.ndarray
+    """(rows,) bool: rows of held-out blocks, never used for training."""
+
+    @property
+    def width(self) -> int:
+        """d_model of the site."""
+        return self.store.shape(self.site)[1]
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(rows,) position of every row in its block."""
+        return np.arange(self.store.rows) % self.block
+
+    def read(
+        self, wanted: np.ndarray, chunk_rows: int = CHUNK_ROWS
+    ) -> Iterator[tuple[Int64[Tensor, " n"], Float[Tensor, "n d_model"]]]:
+        """Row numbers and vectors of the wanted rows (a bool mask), a chunk of the store at a time, in order."""
+        for start in range(0, self.store.rows, chunk_rows):
+            stop = min(start + chunk_rows, self.store.rows)
+            chosen = np.flatnonzero(wanted[start:stop])
+            if chosen.size:
+                x = self.store.read(self.site, start, stop)[chosen]
+                yield torch.from_numpy(chosen + start), torch.from_numpy(x)
+
+    def spread(self, wanted: np.ndarray, n: int) -> np.ndarray:
+        """A mask of at most ``n`` of the wanted rows, spread evenly."""
+        chosen = np.flatnonzero(wanted)
+        mask = np.zeros_like(wanted)
+        mask[
+            chosen[np.linspace(0, len(chosen) - 1, min(n, len(chosen)), dtype=np.int64)]
+            if len(chosen)
+            else []
+        ] = True
+        return mask
+
+
+def open_rows(manifest: Path, site: str) -> SiteRows:
+    """Open a site's rows in an activation store.
+
+    :raises UserError: the store has no such site, or no held-out block.
+    """
+    store = open_store(manifest)
+    rows, _ = store.shape(site)
+    block = int(store.attrs["block"])
+    held_out_blocks = np.zeros(rows // block, dtype=bool)
+    held_out_blocks[np.asarray(store.attrs["held_out_blocks"], dtype=np.int64)] = True
+    if not held_out_blocks.any() or held_out_blocks.all():
+        raise UserError(
+            f"Store {manifest} has {int(held_out_blocks.sum())} held-out blocks of {len(held_out_blocks)}; some must "
+            "be held out and some not: change corpus.held_out or add text."
+        )
+    return SiteRows(store, site, block, np.repeat(held_out_blocks, block))

@@ -1,0 +1,62 @@
+"""What figures and the page both need from tables: rows by condition, sites in order, intervals."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from circuitflow.models.sites import depth_order, parse_site
+
+Table = Mapping[str, np.ndarray]
+
+Z95 = 1.959964
+ASSEMBLED = "assembled"
+"""Source of the rows of a faithfulness table that tell of the circuit itself."""
+UNITS = {"logit_difference": "logits", "log_probability": "nats", "kl": "nats"}
+
+
+def rows(table: Table, **conditions: object) -> dict[str, np.ndarray]:
+    """The rows in which every named column has the given value."""
+    keep = np.ones(len(next(iter(table.values()))), dtype=bool)
+    for name, value in conditions.items():
+        keep &= table[name] == value
+    return {name: column[keep] for name, column in table.items()}
+
+
+def in_depth_order(sites: Iterable[str]) -> list[str]:
+    """Different sites, the earliest computed first."""
+    return sorted(set(sites), key=lambda site: depth_order(parse_site(site)))
+
+
+def swept(faithfulness: Table, series: str) -> dict[str, np.ndarray]:
+    """One series of a faithfulness table by rising number of nodes, without the assembled circuit."""
+    keep = (faithfulness["series"] == series) & (faithfulness["source"] != ASSEMBLED)
+    order = np.flatnonzero(keep)[np.argsort(faithfulness["nodes"][keep], kind="stable")]
+    return {name: column[order] for name, column in faithfulness.items()}
+
+
+def unit_of(metric: Mapping[str, Any] | None) -> str:
+    """Unit of the metric, hence of every effect on it; logits if nothing is said."""
+    return UNITS.get(str((metric or {}).get("kind", "logit_difference")), "units of m")
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = successes / n, Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def top_nodes(nodes: Table, count: int, kind: str | None = None) -> dict[str, np.ndarray]:
+    """The ``count`` rows with the largest |score_train| over all sites, the largest first."""
+    chosen = rows(nodes, kind=kind) if kind else dict(nodes)
+    order = np.argsort(-np.abs(chosen["score_train"]), kind="stable")[:count]
+    return {name: column[order] for name, column in chosen.items()}
+
+
+def node_name(site: str, kind: str, feature: int) -> str:
+    """How a node is called in figures and tables: "resid.12 #345" or "resid.12 error"."""
+    return f"{site} error" if kind == "error" else f"{site} #{feature}"

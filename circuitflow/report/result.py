@@ -1,0 +1,85 @@
+"""Everything the page tells about, read from the run's tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from circuitflow.circuits.circuit import Circuit, read_circuit
+from circuitflow.features.descriptions import Descriptions, read_descriptions
+from circuitflow.plots.tables import ASSEMBLED, Table, in_depth_order, rows, swept, unit_of
+from circuitflow.store.tables import read_provenance, read_table
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    config: Mapping[str, Any]
+    prompts: Table
+    dropped: Table
+    quality: Mapping[str, Table]
+    """Quality of each site's dictionary, in order of depth; empty tables for dictionaries without an encoder."""
+    layers: Table
+    agreement: Table
+    nodes: Table
+    descriptions: Descriptions
+    circuit: Circuit
+    faithfulness: Table
+    conventions: Mapping[str, Any]
+    """What the numbers of ``faithfulness`` mean."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return str(self.config["model"]["name"])
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return str(self.config["task"]["name"])
+
+    @property
+    def unit(self) -> str:
+        """Unit of the metric and of effects on it."""
+        return unit_of(self.config["task"].get("metric"))
+
+    def curve(self, series: str) -> dict[str, np.ndarray]:
+        """One series of the faithfulness table ("circuit", "complement", "random"), by rising number of nodes."""
+        return swept(self.faithfulness, series)
+
+    def assembled(self, series: str) -> dict[str, np.ndarray]:
+        """The row of the circuit itself ("circuit") or of everything but it ("complement"); no row if not evaluated."""
+        return rows(self.faithfulness, series=series, source=ASSEMBLED)
+
+    def measured(self, site: str, quantity: str, tokens: str | None = None) -> tuple[float, int]:
+        """A quality of a site's dictionary and the number of tokens behind it; (NaN, 0) if it was not measured."""
+        found = rows(self.quality[site], quantity=quantity, **({"tokens": tokens} if tokens else {}))
+        return (float(found["value"][0]), int(found["n"][0])) if len(found["value"]) else (float("nan"), 0)
+
+
+def read_result(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> Result:
+    """Read the inputs of the stage build_report.
+
+    :raises UserError: a file is missing or damaged.
+    """
+    return Result(
+        config=config,
+        prompts=read_table(inputs["prompts"]),
+        dropped=read_table(inputs["dropped"]),
+        quality=_by_site(inputs["quality"]),
+        layers=read_table(inputs["layers"]),
+        agreement=read_table(inputs["agreement"]),
+        nodes=read_table(inputs["nodes"]),
+        descriptions=read_descriptions(inputs["features"]),
+        circuit=read_circuit(inputs["circuit"]),
+        faithfulness=read_table(inputs["faithfulness"]),
+        conventions=read_provenance(inputs["faithfulness"]).get("conventions", {}),
+    )
+
+
+def _by_site(paths: Sequence[Path]) -> dict[str, Table]:
+    found = {str(read_provenance(path)["params"]["site"]): read_table(path) for path in paths}
+    return {site: found[site] for site in in_depth_order(found)}
