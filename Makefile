@@ -7,7 +7,7 @@ PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint format schema bench clean lock dev
+.PHONY: help run test check lint format schema bench kills clean lock dev
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 BIN := .venv/bin
@@ -46,6 +46,9 @@ schema: .venv/runtime ## write config.schema.json, by which editors complete and
 
 bench: dev ## measure speed and memory side by side (benchmarks/)
 	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+kills: dev ## kill runs at random moments, 25 times per stage, and compare with a run never killed
+	CIRCUITFLOW_KILLS=25 $(BIN)/python -m pytest -q --timeout 3600 tests/workflow/test_kill.py
 
 clean: .venv/runtime ## remove kept results that nothing points to, after showing their sizes
 	$(BIN)/circuitflow clean

@@ -44,5 +44,4 @@ rule all:
     default_target: True
     input:
         KEPT,
-        FIGURES,
-        f"{SET}/report.html",
+        OF_FEATURES if ENCODED else OF_SCORES,

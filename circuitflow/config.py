@@ -248,9 +248,9 @@ class TrainingSection(Section):
 
     epochs: float = Field(default=8.0, gt=0)
     """Passes over the training rows."""
-    batch: Positive = 4096
+    batch: Positive = 1024
     """Tokens per step."""
-    learning_rate: float = Field(default=1.0e-3, gt=0)
+    learning_rate: float = Field(default=2.5e-3, gt=0)
     """Peak learning rate of Adam."""
     warmup: Share = 0.05
     """Share of steps over which the learning rate rises."""
@@ -260,7 +260,7 @@ class TrainingSection(Section):
     """Weight of the auxiliary loss that revives dead features."""
     auxk: Positive | None = None
     """Dead features used per token; null is d_model / 2."""
-    dead_after: Positive = 100_000
+    dead_after: Positive = 30_000
     """A feature that has not fired for this many tokens counts as dead."""
     outlier_ratio: float | None = Field(default=5.0, gt=1)
     """Tokens with a norm above ratio × median are left out (attention sinks); null keeps them."""

@@ -64,17 +64,28 @@ MODEL_FILES = [str(file) for file in local_files(CFG.model.source.model_dump())]
 CORPUS_FILES = named_files(
     source.glob for source in CFG.corpus.sources if source.kind == "files"
 )
+# Without an encoder there are scores and rankings, and nothing that needs features to be active.
+ENCODED = all(CFG.dictionary(site).kind != "decoder_only" for site in SITES)
 KEPT = [
     f"{MODEL}/model/manifest.json",
     f"{MODEL}/corpus/manifest.json",
     f"{MODEL}/activations/manifest.json",
     expand(f"{TRAINED}/{{site}}.json", site=SITES),
-    expand(f"{TRAINED}/{{site}}.quality.parquet", site=SITES),
     expand(f"{TASK}/gradients/{{split}}.json", split=SPLITS),
     expand(f"{SET}/scores/{{site}}.parquet", site=SITES),
+    f"{SET}/ranking/nodes.parquet",
+]
+OF_FEATURES = [
+    expand(f"{TRAINED}/{{site}}.quality.parquet", site=SITES),
     expand(f"{SET}/features/{{site}}.json", site=SITES),
     [f"{SET}/edges/{up}__{down}.parquet" for up, down in SITE_PAIRS],
     f"{SET}/circuit.graphml",
     f"{SET}/faithfulness.parquet",
+    expand(f"{SET}/figures/{{plot}}.{{kind}}", plot=PLOTS, kind=["png", "svg"]),
+    f"{SET}/report.html",
 ]
-FIGURES = expand(f"{SET}/figures/{{plot}}.{{kind}}", plot=PLOTS, kind=["png", "svg"])
+OF_SCORES = expand(
+    f"{SET}/figures/{{plot}}.{{kind}}",
+    plot=["task_accuracy", "agreement"],
+    kind=["png", "svg"],
+)

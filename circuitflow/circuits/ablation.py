@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from circuitflow.attribution.cached import trimmed
 from circuitflow.attribution.readout import answer_logits
 from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
@@ -166,9 +167,10 @@ def ablated(
     factors = torch.stack([one.factors(dictionary.d_dict) for one in kept]).to(dictionary.W_dec)
     error = torch.tensor([one.keeps_error for one in kept], device=x.device)
     row, position = rows.mask.nonzero(as_tuple=True)
-    circuit, cell = rows.circuit[row], rows.cell[row, position]
+    circuit = rows.circuit[row]
+    cells, cell = rows.cell[row, position].unique(return_inverse=True)
     here = x[row, position].to(factors.dtype)
-    changed = _constants(site.replacement, factors, error, dictionary.W_dec)[circuit, cell]
+    changed = _constants(site.replacement, cells, factors, error, dictionary.W_dec)[circuit, cell]
     changed = changed + here * error[circuit, None]
     encoded = factors.any(1)[circuit].nonzero()[:, 0]
     if len(encoded):
@@ -185,16 +187,18 @@ def ablated(
 
 def _constants(
     replacement: Replacement,
+    cells: Int64[Tensor, " used"],
     factors: Float[Tensor, "circuits d_dict"],
     error: Bool[Tensor, " circuits"],
     W_dec: Float[Tensor, "d_dict d_model"],
-) -> Float[Tensor, "circuits cells d_model"]:
+) -> Float[Tensor, "circuits used d_model"]:
     """(1 − e)·x̄ − Σ_i (c_i − e)·r_i·W_dec[i]: what does not depend on the prompt."""
-    used = replacement.features.nan_to_num().any(0).nonzero()[:, 0]
-    features, rows = replacement.features[:, used], W_dec[used]
+    whole, features = replacement.whole[cells], replacement.features[cells]
+    used = features.any(0).nonzero()[:, 0]
+    features, rows = features[:, used], W_dec[used]
     return torch.stack(
         [
-            (1 - keeps) * replacement.whole - (features * factor[used]) @ rows
+            (1 - keeps) * whole - (features * factor[used]) @ rows
             for factor, keeps in zip(factors, error.to(factors.dtype), strict=True)
         ]
     )
@@ -241,15 +245,16 @@ def run_circuits(
     used, local = circuit.unique(return_inverse=True)
     chosen = [circuits[number] for number in used.tolist()]
     begin = min(first_needed(one, sites) for one in chosen)
-    pairs = prompts.pairs[prompt.cpu()]
-    these = Rows(local, prompts.cell[prompt], pairs.mask.bool())
+    pairs = trimmed(prompts.pairs[prompt])
+    length = pairs.mask.shape[1]
+    these = Rows(local, prompts.cell[prompt, :length], pairs.mask.bool())
 
     def change(site: AblationSite) -> Change:
         kept = [one[site.name] for one in chosen]
         return lambda x: ablated(x, site, kept, these)
 
     # From a later site only empty circuits start, of which nothing that arrives there is kept.
-    start = change(sites[begin])(prompts.first[prompt])
+    start = change(sites[begin])(prompts.first[prompt, :length])
     this = run(
         lm,
         pairs.clean,

@@ -76,7 +76,7 @@ def evaluate_circuit(inputs: Mapping[str, Any], params: Mapping[str, Any], out: 
         return run_circuits(lm, metric, sites, circuits, prompts, rows)
 
     circuits: list[KeptNodes] = [empty(params["sites"]), *(candidate.kept for candidate in candidates)]
-    plan = planned(circuits, sites, len(prompts.pairs), params["batch_rows"])
+    plan = planned(circuits, sites, prompts.pairs.mask.sum(1).tolist(), params["batch_rows"])
     values = evaluated(plan, measure, (len(circuits), len(prompts.pairs)), out.folder / JOURNAL)
     columns = _columns(candidates, values[1:], values[0], full, params)
     facts = {"conventions": conventions(params), "cases": sorted(set(prompts.pairs.case))}
@@ -107,15 +107,16 @@ Plan = list[list[tuple[int, int]]]
 
 
 def planned(
-    circuits: Sequence[KeptNodes], sites: Sequence[AblationSite], prompts: int, batch_rows: int
+    circuits: Sequence[KeptNodes], sites: Sequence[AblationSite], lengths: Sequence[int], batch_rows: int
 ) -> Plan:
-    """Passes of at most ``batch_rows`` rows; circuits that can start at the same site share them."""
+    """Passes of at most ``batch_rows`` rows that start at the same site, with prompts of nearly the same length."""
     starts = [first_needed(circuit, sites) for circuit in circuits]
-    order = sorted(range(len(circuits)), key=starts.__getitem__)
-    plan = []
-    for _, group in groupby(order, key=starts.__getitem__):
-        rows = [(circuit, prompt) for circuit in group for prompt in range(prompts)]
-        plan += [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
+    rows = [(circuit, prompt) for circuit in range(len(circuits)) for prompt in range(len(lengths))]
+    rows.sort(key=lambda row: (starts[row[0]], lengths[row[1]]))
+    plan: Plan = []
+    for _, group in groupby(rows, key=lambda row: starts[row[0]]):
+        together = list(group)
+        plan += [together[start : start + batch_rows] for start in range(0, len(together), batch_rows)]
     return plan
 
 

@@ -21,7 +21,7 @@ from circuitflow.plots.style import (
     shown,
     style_of,
 )
-from circuitflow.plots.tables import Z95, Table, in_depth_order, node_name, top_nodes, unit_of
+from circuitflow.plots.tables import Z95, Table, node_name, top_nodes, unit_of
 from circuitflow.store.tables import read_table
 
 ROW = 0.235  # inches
@@ -86,14 +86,10 @@ def _bars(axes: Axes, nodes: Table, style: Style) -> None:
     ]
     axes.set_yticks(place, names)
     axes.set_ylim(len(score) - 0.5, -0.5)
-    axes.set_title(_title(nodes))
+    axes.set_title(f"Top {len(score)} nodes over all sites")
     axes.tick_params(axis="y", length=0)
     grid(axes, "x")
     axes.tick_params(axis="y", length=0)
-
-
-def _title(nodes: Table) -> str:
-    return f"Top {len(nodes['site'])} nodes of {len(in_depth_order(nodes['site']))} sites"
 
 
 def _words(axes: Axes, nodes: Table, descriptions: Descriptions, style: Style) -> None:

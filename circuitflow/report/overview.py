@@ -18,7 +18,9 @@ SIGN = "read where the answer follows; an effect IE > 0 supports the right answe
 def overview(result: Result) -> list[tuple[str, str]]:
     """Names and values, in the order of the workflow."""
     config = result.config
-    source = ", ".join(str(value) for key, value in config["model"]["source"].items() if key != "sha256")
+    source = ", ".join(
+        f"{key} {value}" for key, value in config["model"]["source"].items() if key != "sha256"
+    )
     cases = ", ".join(str(case).replace("_", " ") for case in dict.fromkeys(result.prompts["case"]))
     metric = METRICS.get(config["task"].get("metric", {}).get("kind", "logit_difference"), "m")
     return [

@@ -9,8 +9,11 @@ import numpy as np
 
 from circuitflow.circuits.circuit import Circuit, read_circuit
 from circuitflow.features.descriptions import Descriptions, read_descriptions
-from circuitflow.plots.tables import ASSEMBLED, Table, in_depth_order, rows, swept, unit_of
+from circuitflow.plots.tables import ASSEMBLED, Table, in_depth_order, rows, swept, top_nodes, unit_of
 from circuitflow.store.tables import read_provenance, read_table
+
+NODES_LISTED = 40
+"""Nodes in the page's table of the strongest."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Result:
     agreement: Table
     nodes: Table
     descriptions: Descriptions
+    """Of the features that the page tells about: those of the circuit, and those among the strongest nodes."""
     circuit: Circuit
     faithfulness: Table
     conventions: Mapping[str, Any]
@@ -65,6 +69,7 @@ def read_result(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> Result:
 
     :raises UserError: a file is missing or damaged.
     """
+    nodes, circuit = read_table(inputs["nodes"]), read_circuit(inputs["circuit"])
     return Result(
         config=config,
         prompts=read_table(inputs["prompts"]),
@@ -72,12 +77,19 @@ def read_result(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> Result:
         quality=_by_site(inputs["quality"]),
         layers=read_table(inputs["layers"]),
         agreement=read_table(inputs["agreement"]),
-        nodes=read_table(inputs["nodes"]),
-        descriptions=read_descriptions(inputs["features"]),
-        circuit=read_circuit(inputs["circuit"]),
+        nodes=nodes,
+        descriptions=_told(read_descriptions(inputs["features"]), nodes, circuit),
+        circuit=circuit,
         faithfulness=read_table(inputs["faithfulness"]),
         conventions=read_provenance(inputs["faithfulness"]).get("conventions", {}),
     )
+
+
+def _told(descriptions: Descriptions, nodes: Table, circuit: Circuit) -> Descriptions:
+    top = top_nodes(nodes, NODES_LISTED)
+    wanted = set(zip(top["site"], top["feature"].tolist(), strict=True))
+    wanted |= {(node.site, node.feature) for node in circuit.nodes}
+    return {key: described for key, described in descriptions.items() if key in wanted}
 
 
 def _by_site(paths: Sequence[Path]) -> dict[str, Table]:

@@ -11,10 +11,9 @@ from circuitflow.features.descriptions import fires_on, promotes
 from circuitflow.features.tokens import visible
 from circuitflow.plots.numbers import fixed, interval, number, percent, signed, whole
 from circuitflow.plots.tables import Table, node_name, rows, top_nodes, wilson
-from circuitflow.report.result import Result
+from circuitflow.report.result import NODES_LISTED, Result
 
 EDGES_LISTED = 40
-NODES_LISTED = 40
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Columns = Mapping[str, Sequence[Any] | np.ndarray]
 
 
 def write_table(path: Path, columns: Columns, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write columns of equal length as Parquet; the digest of the data alone and the provenance go into its metadata."""
+    """Write columns of equal length as Parquet, with provenance and a digest of the data alone in its metadata."""
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     metadata = {
         CONTENT_KEY: _content(table).encode(),

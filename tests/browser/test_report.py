@@ -73,7 +73,8 @@ def test_glyphs_of_the_figures_are_found(page):
     """A reference that lost its target would leave a figure without letters, silently."""
     lost = page.evaluate(
         """[...document.querySelectorAll('svg.plot use')]
-           .filter(use => !document.getElementById((use.getAttribute('xlink:href') ?? use.getAttribute('href')).slice(1)))
+           .map(use => use.getAttribute('xlink:href') ?? use.getAttribute('href'))
+           .filter(target => !document.getElementById(target.slice(1)))
            .length"""
     )
     assert lost == 0

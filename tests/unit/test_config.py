@@ -1,6 +1,7 @@
 """The configuration: ready-made files are valid, and every mistake gives one telling sentence."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,13 @@ def test_overrides_change_one_site_and_keep_the_rest() -> None:
     parsed = parse_config(config)
     assert parsed.dictionary("resid.12").k == 64
     assert parsed.dictionary("resid.12").training.epochs == 2.0
-    assert parsed.dictionary("resid.12").training.batch == 4096
+    assert parsed.dictionary("resid.12").training.batch == 1024
     assert parsed.dictionary("resid.6").k == 32
+
+
+def test_the_schema_for_editors_is_current() -> None:
+    written = json.loads((ROOT / "config.schema.json").read_text(encoding="utf-8"))
+    assert written == json_schema(), "run `make schema`"
 
 
 def test_every_key_is_documented() -> None:

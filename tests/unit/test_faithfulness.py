@@ -90,7 +90,7 @@ def setting(request, random_lm):
 def values(setting, circuits, batch_rows=1000, sites=None) -> np.ndarray:
     lm, all_sites, prompts = setting
     sites = sites or all_sites
-    plan = planned(circuits, sites, len(prompts.pairs), batch_rows)
+    plan = planned(circuits, sites, prompts.pairs.mask.sum(1).tolist(), batch_rows)
     return evaluated(
         plan,
         lambda rows: run_circuits(lm, METRIC, sites, circuits, prompts, rows),
@@ -196,6 +196,16 @@ def test_circuits_together_are_circuits_one_by_one(setting):
     for size in (1, 3, 7):
         assert np.allclose(values(setting, circuits, batch_rows=size), together, atol=1e-11)
     assert len({round(float(m), 6) for m in together.mean(1)}) > 5
+
+
+def test_passes_hold_rows_of_one_start_and_like_length(setting):
+    circuits = some_circuits()
+    plan = planned(circuits, setting[1], [4, 6, 4, 6, 4], 12)
+    assert sorted(row for rows in plan for row in rows) == [(c, p) for c in range(10) for p in range(5)]
+    assert max(map(len, plan)) == 12
+    for rows in plan:
+        assert len({first_needed(circuits[circuit], setting[1]) for circuit, _ in rows}) == 1
+    assert {prompt for rows in plan[:2] for _, prompt in rows} == {0, 2, 4}
 
 
 def test_starting_late_changes_nothing(setting):

@@ -222,8 +222,11 @@ def test_agreement_shows_every_node_and_overlap(run):
     shown = np.concatenate([points.get_offsets() for points in left.collections])
     kind = np.argsort(nodes["kind"] == "error", kind="stable")
     assert np.allclose(shown, np.stack([nodes["score_train"], nodes["score_test"]], 1)[kind])
-    lines = {line.get_label(): line for line in right.lines}
-    assert np.allclose(lines["resid.12"].get_ydata(), rows(table, site="resid.12")["overlap"])
+    series = {container.get_label(): container.lines for container in right.containers}
+    part = rows(table, site="resid.12")
+    assert np.allclose(series["resid.12"][0].get_ydata(), part["overlap"])
+    ends = np.array([segment[:, 1] for segment in series["resid.12"][2][0].get_segments()])
+    assert np.allclose(ends, np.stack([part["low"], part["high"]], 1))
 
 
 def test_faithfulness_shows_each_series_by_node_count(run):

@@ -15,7 +15,8 @@ import pytest
 from tests.workflow.conftest import Clone, copy_repository
 from tests.workflow.test_invalidation import digests
 
-KILLS = 5
+KILLS = int(os.environ.get("CIRCUITFLOW_KILLS", "5"))
+"""Per stage; `make kills` takes more."""
 CHECKPOINT_SECONDS = "0.2"
 LONGER = {
     "tokens: 4000": "tokens: 24000",
