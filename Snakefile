@@ -4,7 +4,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from circuitflow.config_checks import parse_config
+from circuitflow.config_checks import check_against_model, parse_config
 from circuitflow.errors import UserError
 from circuitflow.locking import record_owner
 
@@ -18,6 +18,7 @@ if not workflow.configfiles:
 
 try:
     CFG = parse_config(config)
+    check_against_model(CFG, Path(f"results/{CFG.model.name}/model/manifest.json"))
 except UserError as error:
     raise WorkflowError(str(error)) from None
 

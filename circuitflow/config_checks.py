@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from circuitflow.config import Config, ImportedPairs, PathSource, TextFiles, ToySource, json_schema
 from circuitflow.errors import UserError, nearest
-from circuitflow.models.architectures import ARCHITECTURES
+from circuitflow.models.architectures import ARCHITECTURES, check_site
 from circuitflow.models.sites import parse_site
+from circuitflow.store.objects import read_manifest
 
 UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "bundled", "files", "task"}
 
@@ -37,6 +38,20 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     _check_sizes(config)
     _check_files(config)
     return config
+
+
+def check_against_model(config: Config, manifest: Path) -> None:
+    """Check the sites against a model that has been prepared before; does nothing if there is none yet.
+
+    A model that is not on disk is checked by the stage that prepares it, with the same sentence.
+
+    :raises UserError: the model lacks a site.
+    """
+    if not manifest.is_file():
+        return
+    details = read_manifest(manifest, "model").details
+    for site in config.sites:
+        check_site(parse_site(site), ARCHITECTURES[details["architecture"]], details["layers"])
 
 
 def _check_sites(config: Config) -> None:

@@ -45,14 +45,19 @@ Stage = Callable[[Inputs, Mapping[str, Any], Output], None]
 
 
 def run_stage(
-    job: Any, compute: Stage, kind: str | None = None, arrays: Mapping[str, Sequence[str]] | None = None
+    job: Any,
+    compute: Stage,
+    kind: str | None = None,
+    arrays: Mapping[str, Sequence[str]] | None = None,
+    checks: Mapping[str, Any] | None = None,
 ) -> None:
     """Run a stage whose work is kept: done before under the same fingerprint, it ends at once.
 
     ``job`` is Snakemake's script object. An output named ``manifest`` becomes a :class:`Manifest` of the given
     ``kind``; every other output is a file that ``compute`` writes in the object's folder, copied to its declared place.
     ``arrays`` names, per input, the arrays of a store that the stage reads, wildcards in braces ("{site}/clean"); only
-    their content enters the fingerprint.
+    their content enters the fingerprint. ``checks`` are further parameters that can make the stage refuse its work
+    but not change its result: they are no part of the fingerprint.
     """
     with _environment(job):
         recipe, inputs = _recipe(job, arrays or {})
@@ -62,7 +67,7 @@ def run_stage(
             if kept.complete:
                 logger.info("%s: kept from an earlier run (object %s)", _name(job), recipe.fingerprint)
             else:
-                _compute(kept, compute, job, inputs)
+                _compute(kept, compute, job, inputs, checks or {})
             _publish(kept, job, kind, inputs, root)
 
 
@@ -83,11 +88,11 @@ def run_light(job: Any, compute: Stage) -> None:
             write_json(files["provenance"], {"provenance": out.provenance, "details": out.details})
 
 
-def _compute(kept: ObjectFolder, compute: Stage, job: Any, inputs: Inputs) -> None:
+def _compute(kept: ObjectFolder, compute: Stage, job: Any, inputs: Inputs, checks: Mapping[str, Any]) -> None:
     files = {name: kept.path / Path(path).name for name, path in job.output.items() if name != "manifest"}
     provenance = {**_provenance(kept.recipe), "object": kept.recipe.fingerprint}
     out = Output(kept.path, files, provenance)
-    compute(inputs, kept.recipe.params, out)
+    compute(inputs, {**kept.recipe.params, **checks}, out)
     content = out.content or digest(
         canonical_json({name: content_of(path) for name, path in sorted(files.items())})
     )

@@ -18,7 +18,6 @@ if CFG.model.source.kind == "toy":
         params:
             source=CFG.model.source.model_dump(),
             architecture=CFG.model.architecture,
-            required_sites=SITES,
             code=code("prepare_toy"),
         message:
             "Make a small model and train it on the task"
@@ -44,7 +43,6 @@ else:
         params:
             source=CFG.model.source.model_dump(),
             architecture=CFG.model.architecture,
-            required_sites=SITES,
             code=code("prepare_model"),
         message:
             "Make the model ready"

@@ -245,7 +245,7 @@ def run_circuits(
     used, local = circuit.unique(return_inverse=True)
     chosen = [circuits[number] for number in used.tolist()]
     begin = min(first_needed(one, sites) for one in chosen)
-    pairs = trimmed(prompts.pairs[prompt])
+    pairs = trimmed(prompts.pairs[prompt.cpu()])
     length = pairs.mask.shape[1]
     these = Rows(local, prompts.cell[prompt, :length], pairs.mask.bool())
 

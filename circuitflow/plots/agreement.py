@@ -89,7 +89,13 @@ def _overlap(axes: Axes, agreement: Table, sites: Sequence[str], style: Style) -
         k, overlap, low, high = (part[name][order] for name in ("k", "overlap", "low", "high"))
         beside = DODGE ** (number - (len(sites) - 1) / 2)
         spread = np.maximum([overlap - low, high - overlap], 0)
-        look = {"color": shade, "markersize": 4, "linewidth": 1.2, "elinewidth": 1, "capsize": 2}
+        look: dict[str, Any] = {
+            "color": shade,
+            "markersize": 4,
+            "linewidth": 1.2,
+            "elinewidth": 1,
+            "capsize": 2,
+        }
         axes.errorbar(k * beside, overlap, yerr=spread, fmt="o-", label=site, **look)
     axes.set_xscale("log")
     ticks = sorted({int(k) for k in agreement["k"]})

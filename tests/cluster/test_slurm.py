@@ -74,7 +74,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_the_workflow_profile_holds_only_what_suits_every_executor() -> None:
     """It wins over ``--profile slurm``, so a resource here would overrule the cluster's."""
     profile = yaml.safe_load((ROOT / "profiles" / "default" / "config.yaml").read_text())
-    assert set(profile) == {"rerun-incomplete", "printshellcmds"}
+    assert set(profile) == {"rerun-incomplete"}
 
 
 def test_every_job_asks_for_memory_and_minutes(dry_run: dict[str, str]) -> None:

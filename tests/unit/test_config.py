@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from circuitflow.config import json_schema
-from circuitflow.config_checks import parse_config
+from circuitflow.config_checks import check_against_model, parse_config
 from circuitflow.errors import UserError
+from circuitflow.store.objects import Manifest
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
@@ -93,6 +94,16 @@ def test_a_site_beyond_a_known_depth_is_refused_before_any_job() -> None:
     config["sites"] = ["resid.0", "resid.7"]
     with pytest.raises(UserError, match=r"resid\.7, but model tiny has 4 layers; the deepest is resid\.3"):
         parse_config(config)
+
+
+def test_a_site_beyond_a_model_that_is_on_disk_is_refused_before_any_job(tmp_path: Path) -> None:
+    config = parse_config(DEFAULT)
+    manifest = tmp_path / "manifest.json"
+    check_against_model(config, manifest)
+    details = {"architecture": "llama", "layers": 20}
+    Manifest("model", "f" * 16, "c", {}, details).write(manifest)
+    with pytest.raises(UserError, match=r"resid\.24"):
+        check_against_model(config, manifest)
 
 
 def test_overrides_change_one_site_and_keep_the_rest() -> None:

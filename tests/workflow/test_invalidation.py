@@ -76,7 +76,6 @@ CONFIG_EDITS = {
         "sites: [resid.0, resid.1, resid.2, resid.3]",
         AFTER_HARVEST
         | AFTER_GRADIENTS
-        | {"prepare_toy": 1}
         | dict.fromkeys(
             ("train_dictionary", "measure_dictionary", "score_nodes", "describe_features"), SITES + 1
         )
