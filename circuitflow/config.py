@@ -378,7 +378,7 @@ class FeaturesSection(Section):
     """Descriptions of the top features."""
 
     top: Positive = 20
-    """Features per site."""
+    """Features per site; those of the edges' pool are described in any case."""
     contexts: Positive = 8
     """Top contexts per feature."""
     window: Positive = 12

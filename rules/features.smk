@@ -20,7 +20,8 @@ rule describe_features:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=60,
     params:
-        **CFG.features.model_dump(),
+        **CFG.features.model_dump(exclude={"top"}),
+        top=max(CFG.features.top, CFG.edges.pool),
         site=lambda wildcards: wildcards.site,
         compute=COMPUTE,
         code=code("describe_features"),

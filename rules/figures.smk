@@ -66,6 +66,7 @@ rule plot_layer_importance:
         ENVIRONMENT
     params:
         style=STYLE,
+        metric=METRIC,
         code=code("plot_layer_importance"),
     message:
         "Draw the figure layer_importance"
@@ -118,6 +119,7 @@ rule plot_top_features:
         ENVIRONMENT
     params:
         style=STYLE,
+        metric=METRIC,
         top=CFG.plots.top_features,
         code=code("plot_top_features"),
     message:
@@ -170,6 +172,7 @@ rule plot_circuit:
         ENVIRONMENT
     params:
         style=STYLE,
+        metric=METRIC,
         max_edges=CFG.plots.max_edges,
         code=code("plot_circuit"),
     message:

@@ -27,6 +27,7 @@ AFTER_RANKING = AFTER_EDGES | {
     "plot_agreement": 1,
     "plot_top_features": 1,
 }
+AFTER_POOL = AFTER_EDGES | {"score_edges": SITES - 1, "describe_features": SITES, "plot_top_features": 1}
 AFTER_SCORES = AFTER_RANKING | {"score_nodes": SITES, "score_edges": SITES - 1}
 AFTER_DICTIONARIES = AFTER_SCORES | {
     "train_dictionary": SITES,
@@ -81,7 +82,7 @@ CONFIG_EDITS = {
         )
         | {"score_edges": SITES},
     ),
-    "pool of edges": ("edges: {pool: 12}", "edges: {pool: 14}", {"score_edges": SITES - 1} | AFTER_EDGES),
+    "pool of edges": ("edges: {pool: 12}", "edges: {pool: 14}", AFTER_POOL),
     "overlap@k": (
         "overlap_at: [5, 20]",
         "overlap_at: [5, 10]",
