@@ -316,6 +316,8 @@ class ScoresSection(Section):
     """Pairs per forward and backward pass."""
     overlap_at: list[Positive] = [10, 30, 100]
     """k of the overlap@k between train and test rankings."""
+    bootstrap: Positive = 1000
+    """Resamples of pairs behind every interval of the rankings."""
 
 
 class EdgesSection(Section):
@@ -323,8 +325,8 @@ class EdgesSection(Section):
 
     pool: Positive = 48
     """Nodes per site, by |score|, between which edges are computed. A circuit takes its nodes from this pool."""
-    batch_pairs: Positive = 64
-    """Pairs per pass."""
+    batch_pairs: Positive = 4
+    """Pairs per pass: in a small batch fewer downstream nodes are active and need a product."""
 
 
 class Selection(Section):
@@ -356,6 +358,8 @@ class EvaluationSection(Section):
 
     counts: list[Positive] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
     """Node counts of the curve; the circuit itself and all nodes are always added."""
+    thresholds: list[Share] = []
+    """Further circuits of the curve: nodes with |score| above these shares of the largest."""
     random_counts: list[Positive] = [10, 50, 200, 1000]
     """Node counts at which random circuits are drawn."""
     random_draws: int = Field(default=20, ge=0)

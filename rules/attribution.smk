@@ -76,6 +76,7 @@ rule rank_features:
     params:
         sites=SITES,
         overlap_at=CFG.scores.overlap_at,
+        bootstrap=CFG.scores.bootstrap,
         seed=CFG.seed,
         code=code("rank_features"),
     message:

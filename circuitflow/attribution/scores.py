@@ -13,7 +13,7 @@ from circuitflow.attribution.cached import Batch, batches
 from circuitflow.attribution.changes import changes_of, effects_of
 from circuitflow.attribution.nodes import ERROR, kinds
 from circuitflow.attribution.sparse import sum_by
-from circuitflow.data.token_pairs import TokenPairs, load_token_pairs
+from circuitflow.data.token_pairs import SPLITS, TokenPairs, load_token_pairs
 from circuitflow.dictionaries.dictionary import Dictionary, load_dictionary
 from circuitflow.errors import UserError, nearest
 from circuitflow.jobs import Output, progress
@@ -57,32 +57,24 @@ def score_nodes(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Outp
     outputs ``scores``, ``positions``, ``pairs``: the columns of :class:`SplitScores`, preceded by ``split``.
     """
     site, device = params["site"], params.get("compute", {}).get("device", "cpu")
-    method = "atp"
-    unaligned: dict[str, list[str]] = {}
-    tables: dict[str, list[Columns]] = {"scores": [], "positions": [], "pairs": []}
-    for split in ("train", "test"):
-        store = open_store(inputs[f"gradients_{split}"])
+    stores = {split: open_store(inputs[f"gradients_{split}"]) for split in SPLITS}
+    width = stores["train"].shape(f"{site}/clean")[2]
+    dictionary = load_dictionary(inputs["dictionary"], width).to(device)
+    method = "decoder_only" if dictionary.W_enc is None else "atp"
+    found: dict[str, SplitScores] = {}
+    for split, store in stores.items():
         pairs = load_token_pairs(inputs[f"tokens_{split}"])
-        dictionary = load_dictionary(inputs["dictionary"], store.shape(f"{site}/clean")[2]).to(device)
-        method = "decoder_only" if dictionary.W_enc is None else "atp"
         cached = _watched(batches(store, [site], pairs, CHUNK_PAIRS, device), f"{split} pairs", len(pairs))
-        scores = METHOD_FUNCTIONS[method](dictionary, site, cached, pairs)
-        unaligned[split] = scores.unaligned
-        for name, columns in (
-            ("scores", scores.nodes),
-            ("positions", scores.positions),
-            ("pairs", scores.pairs),
-        ):
-            size = len(columns["feature"])
-            tables[name].append({"split": np.full(size, split, object), **columns})
+        found[split] = METHOD_FUNCTIONS[method](dictionary, site, cached, pairs)
     facts = {
         "site": site,
         "method": METHODS[method],
-        "unaligned_cases": unaligned,
+        "unaligned_cases": {split: scores.unaligned for split, scores in found.items()},
         "conventions": CONVENTIONS,
     }
-    for name, parts in tables.items():
-        write_table(out.files[name], _stacked(parts), {**out.provenance, **facts})
+    for name, table in (("scores", "nodes"), ("positions", "positions"), ("pairs", "pairs")):
+        columns = _stacked({split: getattr(scores, table) for split, scores in found.items()})
+        write_table(out.files[name], columns, {**out.provenance, **facts})
 
 
 def score_pairs(
@@ -245,5 +237,11 @@ def _no_rows(columns: Mapping[str, str]) -> Columns:
     return {name: np.zeros(0, kind) for name, kind in columns.items()}
 
 
-def _stacked(parts: Sequence[Columns]) -> Columns:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _stacked(parts: Mapping[str, Columns]) -> Columns:
+    """Tables of several splits one after the other, with the split as first column."""
+    split = np.repeat(np.array(list(parts), object), [len(columns["feature"]) for columns in parts.values()])
+    names = next(iter(parts.values()))
+    return {
+        "split": split,
+        **{name: np.concatenate([part[name] for part in parts.values()]) for name in names},
+    }

@@ -102,6 +102,8 @@ def conventions(params: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+Numbers = np.ndarray | np.floating
+
 Plan = list[list[tuple[int, int]]]
 """Forward passes: lists of (circuit, prompt) rows."""
 
@@ -137,15 +139,14 @@ def evaluated(plan: Plan, measure: Any, shape: tuple[int, int], journal: Path | 
     return values
 
 
-def faithfulness(
-    circuit: Float[np.ndarray, "... n"],
-    empty: Float[np.ndarray, "... n"],
-    full: Float[np.ndarray, "... n"],
-    aggregate: str,
-) -> Float[np.ndarray, "..."]:
-    """F from the metric of each prompt; NaN where emptying the circuit changes nothing."""
+def faithfulness(circuit: np.ndarray, empty: np.ndarray, full: np.ndarray, aggregate: str) -> np.ndarray:
+    """F from the metric of each prompt; NaN where emptying the circuit changes nothing.
+
+    :param circuit: m(C), (…, n) with any leading axes; ``empty``, m(∅), and ``full``, m(M), broadcast against it.
+    :param aggregate: how the n prompts are averaged: "ratio_of_means" or "mean_of_ratios".
+    """
     if aggregate == "mean_of_ratios":
-        return _ratio(circuit - empty, full - empty).mean(-1)
+        return np.asarray(_ratio(circuit - empty, full - empty).mean(-1))
     return _ratio((circuit - empty).mean(-1), (full - empty).mean(-1))
 
 
@@ -176,7 +177,7 @@ def spread_over_cases(cases: Sequence[str], n: int) -> list[int]:
     return sorted(index for _, _, index in sorted(keys)[:n])
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def _ratio(numerator: Numbers, denominator: Numbers) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(denominator == 0, np.nan, numerator / denominator)
 

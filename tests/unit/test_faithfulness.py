@@ -166,6 +166,11 @@ def test_completeness_is_the_complement_at_one_site_with_a_linear_rest(random_lm
     test = toy_pairs(5, seed=2)
     lm = random_lm("llama")
     readout = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    class Readout(Metric):
+        def __call__(self, logits, *_):
+            return logits @ readout
+
     monkeypatch.setattr(
         "circuitflow.circuits.ablation.answer_logits", lambda lm, this, position: this.last[:, -1]
     )
@@ -184,7 +189,7 @@ def test_completeness_is_the_complement_at_one_site_with_a_linear_rest(random_lm
     everything = kept_nodes([("resid.0", feature) for feature in range(WIDTH)], ("resid.0",))
     circuits = [kept, complement(kept), empty(("resid.0",)), everything]
     rows = [(circuit, prompt) for circuit in range(4) for prompt in range(5)]
-    m = run_circuits(lm, lambda x, *_: x @ readout, [site], circuits, prompts, rows).view(4, 5).numpy()
+    m = run_circuits(lm, Readout("kl", "max"), [site], circuits, prompts, rows).view(4, 5).numpy()
     part, rest = faithfulness(m[:2], m[2], m[3], "ratio_of_means")
     assert part + rest == pytest.approx(1)
     assert abs(part) > 0.01
