@@ -39,6 +39,10 @@ include: "rules/report.smk"
 
 onstart:
     record_owner(Path(".snakemake"))
+    if not ENCODED:
+        print(
+            "A site's dictionary is decoder_only: scores and rankings are made, but no circuit and no page."
+        )
 
 
 rule all:

@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Kind = Literal["topk", "random", "decoder_only", "identity"]
 Structure = Literal["simple", "prepositional", "across_relative", "within_relative"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+PaletteColour = Literal[
+    "positive", "negative", "feature", "error", "train", "test", "circuit", "complement", "random", "text", "muted",
+    "grid", "paper",
+]  # fmt: skip
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -340,7 +344,7 @@ class Selection(Section):
     @model_validator(mode="after")
     def _exactly_one(self) -> "Selection":
         if (self.top is None) == (self.threshold is None):
-            raise ValueError("give either top or threshold, not both and not neither")
+            raise ValueError("exactly one of top and threshold is needed")
         return self
 
 
@@ -398,7 +402,7 @@ class PlotsSection(Section):
     """Resolution of PNG files."""
     font_size: float = Field(default=9.0, gt=0)
     """In points."""
-    palette: dict[str, str] = {}
+    palette: dict[PaletteColour, str] = {}
     """Colours that differ from the standard ones, e.g. {positive: "#2166ac"}."""
     max_edges: Positive = 120
     """Edges drawn in the circuit figure, the strongest first."""

@@ -12,6 +12,7 @@ from circuitflow.models.architectures import ARCHITECTURES, check_site
 from circuitflow.models.sites import parse_site
 from circuitflow.store.objects import read_manifest
 
+SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
 UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "bundled", "files", "task"}
 
 
@@ -37,6 +38,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     _check_dictionaries(config)
     _check_sizes(config)
     _check_files(config)
+    _check_stages(config)
     return config
 
 
@@ -67,6 +69,12 @@ def _check_sites(config: Config) -> None:
         )
     source = config.model.source
     if isinstance(source, ToySource):
+        if source.d_model % (2 * source.heads):
+            step = 2 * source.heads
+            raise UserError(
+                f"Key model.source.d_model is {source.d_model}, which does not give each of {source.heads} heads an "
+                f"even width; use a multiple of {step}, for example {max(1, source.d_model // step) * step}."
+            )
         deepest = source.layers - 1
         for site in config.sites:
             layer = parse_site(site).layer
@@ -107,6 +115,13 @@ def _check_sizes(config: Config) -> None:
         )
 
 
+def _check_stages(config: Config) -> None:
+    stages = sorted(script.stem for script in SCRIPTS.glob("*.py"))
+    for name in filter(None, config.recompute.split(",")):
+        if name not in stages:
+            raise UserError(f"Key recompute names {name}, which is not a stage; {nearest(name, stages)}.")
+
+
 def _check_files(config: Config) -> None:
     files: dict[str, str] = {}
     if isinstance(config.task.pairs, ImportedPairs):
@@ -144,6 +159,8 @@ def _sentence(error: ValidationError, where: list[str]) -> str:
         return f"Key {shown}.kind is {context['tag']}; {nearest(context['tag'], _choices(context['expected_tags']))}."
     if kind == "literal_error":
         return f"Key {shown} is {value}; {nearest(value, _choices(context['expected']))}."
+    if kind == "string_pattern_mismatch":
+        return f"Key {shown} is {value!r}, but only letters, digits, '_', '.' and '-' are allowed, as in a file name."
     if kind == "too_short":
         return f"Key {shown} is empty; name at least one."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
@@ -163,7 +180,7 @@ def _without_union_tags(path: list[str]) -> list[str]:
     kept: list[str] = []
     for before, part in zip(["", *path], path, strict=False):
         of_union = before in tagged or (before.isdigit() and len(kept) > 1 and kept[-2] == "sources")
-        if not (of_union and part in UNION_TAGS):
+        if not (of_union and part in UNION_TAGS) and not part.startswith("literal["):
             kept.append(part)
     return kept
 

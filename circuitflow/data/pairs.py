@@ -1,7 +1,8 @@
 """Pairs: a clean and a patched prompt with their answers, as JSON lines."""
 
+import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from circuitflow.store.files import write_text
 
 PAIR_KEYS = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer", "case")
 PROMPT_KEYS = ("prompt", "true_answer", "false_answer", "case")
+OPTIONAL_KEYS = ("variant", "continuation")
 DEFAULT_CASE = "all"
 
 
@@ -61,7 +63,7 @@ def read_pairs(path: Path) -> list[Pair]:
     :raises UserError: the file is missing or empty, or a line is broken, named by its number.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise UserError(f"Pair file {path} does not exist; check the path in the configuration.") from None
     except UnicodeDecodeError as error:
@@ -70,7 +72,8 @@ def read_pairs(path: Path) -> list[Pair]:
     pairs = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise UserError(
-            f"Pair file {path} is empty; it needs one JSON object a line with the keys {', '.join(PAIR_KEYS)}."
+            f"Pair file {path} is empty; it needs one JSON object a line with the keys {', '.join(PAIR_KEYS)} or "
+            f"{', '.join(PROMPT_KEYS)} (case may be left out)."
         )
     return pairs
 
@@ -112,9 +115,10 @@ def _parse(line: str, place: str) -> Pair:
         ) from None
     if not isinstance(record, dict):
         raise UserError(
-            f"{place} holds {type(record).__name__}, not a JSON object with the keys {', '.join(PAIR_KEYS)}."
+            f"{place} is JSON, but not an object with the keys {', '.join(PAIR_KEYS)}; mend or remove the line."
         )
     unpaired = "prompt" in record
+    _check_keys(record, PROMPT_KEYS if unpaired else PAIR_KEYS, place)
     clean_key, right_key, wrong_key = (
         ("prompt", "true_answer", "false_answer")
         if unpaired
@@ -131,10 +135,21 @@ def _parse(line: str, place: str) -> Pair:
     )
 
 
+def _check_keys(record: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    """Refuse a key that would be passed over: a misspelt "case" would silently change groups and lengths."""
+    plural = [f"{key}s" for key in keys if key.endswith("answer")]
+    for key in keys:
+        if key not in record and f"{key}s" not in record and key != "case":
+            raise _missing(record, key, place, [*keys, *plural])
+    for key in record:
+        if key not in (*keys, *plural, *OPTIONAL_KEYS):
+            raise UserError(f"{place}: unknown key {key}; {nearest(key, (*keys, *OPTIONAL_KEYS))}.")
+
+
 def _text(record: Mapping[str, Any], key: str, place: str, default: str | None = None) -> str:
     value = record.get(key, default)
     if value is None:
-        raise _missing(record, key, place)
+        raise _missing(record, key, place, ())
     if not isinstance(value, str) or (not value and default is None):
         raise UserError(f"{place}: {key} is {value!r}, but a text is needed.")
     return value
@@ -143,14 +158,15 @@ def _text(record: Mapping[str, Any], key: str, place: str, default: str | None =
 def _answers(record: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
     value = record.get(key, record.get(f"{key}s"))
     if value is None:
-        raise _missing(record, key, place)
+        raise _missing(record, key, place, ())
     answers = tuple(value) if isinstance(value, list) else (value,)
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise UserError(f"{place}: {key} is {value!r}, but a text or a list of texts is needed.")
     return answers
 
 
-def _missing(record: Mapping[str, Any], key: str, place: str) -> UserError:
-    return UserError(
-        f"{place}: the key {key} is missing ({nearest(key, record)}); add it or remove the line."
-    )
+def _missing(record: Mapping[str, Any], key: str, place: str, known: Sequence[str]) -> UserError:
+    """The sentence for a missing key; an unknown key that resembles it is taken for a slip of it."""
+    slips = difflib.get_close_matches(key, [name for name in record if name not in known], n=1)
+    hint = f" (did you mean '{slips[0]}'?)" if slips else ""
+    return UserError(f"{place}: the key {key} is missing{hint}; add it or remove the line.")

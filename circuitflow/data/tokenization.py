@@ -78,6 +78,15 @@ def token_columns(pairs: Sequence[TokenPair], reader: PromptReader) -> dict[str,
     }
 
 
+ADVICE = {
+    "lengths differ": "write clean and patched prompts of equal length in tokens",
+    "answers overlap": "give the two prompts different answers",
+    "prompt ends before the position of the answer": "lower task.metric.position or set it to last",
+}
+ADVICE_ON_ANSWERS = "use answers that are single tokens of this model, or another model"
+"""What to do when most pairs of a split are dropped for a reason."""
+
+
 class _Drops:
     """The table of dropped pairs, filled on the way."""
 
@@ -99,11 +108,12 @@ class _Drops:
         counts = Counter(self.columns["reason"][i] for i in rows)
         shown = ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
         if not kept:
-            first = next(i for i in rows if self.columns["reason"][i] == counts.most_common(1)[0][0])
+            reason = counts.most_common(1)[0][0]
+            first = next(i for i in rows if self.columns["reason"][i] == reason)
             example = f"{self.columns['detail'][first]} in pair {self.columns['pair'][first]}"
             raise UserError(
-                f"No {split} pair of {file} is left after tokenization ({shown}; e.g. {example}); use words that are "
-                "single tokens of this model, or another model."
+                f"No {split} pair of {file} is left after tokenization ({shown}; e.g. {example}, counted from 0); "
+                f"{ADVICE.get(reason, ADVICE_ON_ANSWERS)}."
             )
         logger.info("%s: %d pairs kept, %d dropped%s", split, kept, len(rows), f" ({shown})" if shown else "")
 

@@ -64,7 +64,7 @@ MISTAKES = [
         put("model/source", {"kind": "path", "path": "configz"}),
         "Key model.source.path names configz, which does not exist",
     ),
-    (put("circuit/nodes", {"top": 3, "threshold": 0.1}), "give either top or threshold"),
+    (put("circuit/nodes", {"top": 3, "threshold": 0.1}), "exactly one of top and threshold is needed"),
     (
         put("task/pairs", {"kind": "import", "train": "x.jsonl", "test": "y"}),
         "Key task.pairs.train names x.jsonl",
@@ -74,6 +74,10 @@ MISTAKES = [
     (put("activations/shard_rows", 1000), "not a multiple of corpus.block (128); try 896"),
     (put("dictionaries/kind", "decoder_only"), "Key dictionaries.weights is missing"),
     (lambda config: config.pop("task"), "Key task is missing"),
+    (put("recompute", "train_dict"), "Key recompute names train_dict, which is not a stage; did you mean"),
+    (put("plots/palette", {"positve": "red"}), "did you mean 'positive'?"),
+    (put("model/name", "a/b"), "only letters, digits"),
+    (put("model/source", {"kind": "toy", "heads": 5}), "use a multiple of 10"),
 ]
 
 

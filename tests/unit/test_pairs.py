@@ -51,11 +51,15 @@ def test_round_trip(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"clean_prefix": "x",', "line 2 is not valid JSON"),
-        ("[1]", "line 2 holds list"),
+        ("[1]", "line 2 is JSON, but not an object"),
         ({**LINE, "clean_prefix": 3}, "line 2: clean_prefix is 3"),
         ({**LINE, "clean_answer": []}, r"line 2: clean_answer is \[\]"),
         ({**LINE, "clean_answer": ["a", " "]}, "line 2: clean_answer"),
         ({**LINE, "clean_prefix": ""}, "line 2: clean_prefix is ''"),
+        (
+            {"prompt": "x", "true_answer": "y", "false_answer": "z", "cas": "c"},
+            "line 2: unknown key cas; did you mean 'case'?",
+        ),
         ({"prompt": "x", "true_answer": "y"}, "line 2: the key false_answer is missing"),
         (
             {key.replace("patch_prefix", "patch_prefx"): value for key, value in LINE.items()},

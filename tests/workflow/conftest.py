@@ -38,7 +38,7 @@ class Clone:
         return self.root / "run.yaml"
 
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "run.yaml", *arguments]
+        command = [sys.executable, "-m", "snakemake", "--configfile", "run.yaml", "--cores", "2", *arguments]
         done = subprocess.run(command, cwd=self.root, env=self.environment(), capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done

@@ -19,8 +19,8 @@ KILLS = int(os.environ.get("CIRCUITFLOW_KILLS", "5"))
 """Per stage; `make kills` takes more."""
 CHECKPOINT_SECONDS = "0.2"
 LONGER = {
-    "tokens: 4000": "tokens: 24000",
-    "epochs: 4.0": "epochs: 30.0",
+    "- {kind: task, tokens: 4000}": "- {kind: bundled, tokens: 60000}",
+    "epochs: 4.0": "epochs: 8.0",
     "sites: [resid.0, resid.1, resid.2]": "sites: [resid.1]",
     "shard_rows: 1024": "shard_rows: 256",
     "batch_blocks: 8}": "batch_blocks: 1}",
@@ -39,7 +39,7 @@ def longer_clone(root: Path) -> Clone:
 
 
 def start(clone: Clone, *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "run.yaml", *arguments]
+    command = [sys.executable, "-m", "snakemake", "--configfile", "run.yaml", "--cores", "2", *arguments]
     environment = {**clone.environment(), "CIRCUITFLOW_CHECKPOINT_SECONDS": CHECKPOINT_SECONDS}
     with open(clone.root / "screen.txt", "ab") as screen:
         return subprocess.Popen(command, cwd=clone.root, env=environment, stdout=screen, stderr=screen)
@@ -101,7 +101,7 @@ def test_killed_runs_give_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> N
     for rule, target in TARGETS.items():
         kills = 0
         for _ in range(3 * KILLS):
-            kills += kill_during(killed, rule, target, rng.uniform(0.3, 1.2))
+            kills += kill_during(killed, rule, target, rng.uniform(0.1, 0.8))
             assert killed.circuitflow("unlock").returncode == 0
             if kills == KILLS:
                 break
