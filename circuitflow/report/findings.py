@@ -28,7 +28,8 @@ def _task(result: Result) -> Iterator[str]:
         f"{result.model} gives the right answer the larger logit on {percent(float(right.mean()))} "
         f"(95 % interval {percent(low)} to {percent(high)}) of {counted(len(right), 'prompt')}"
     )
-    others = f"; the least on {worst.replace('_', ' ')}, {percent(shares[worst])}" if len(shares) > 1 else ""
+    differ = max(shares.values()) > shares[worst]
+    others = f"; the least on {worst.replace('_', ' ')}, {percent(shares[worst])}" if differ else ""
     yield f"{sentence}{others}."
 
 
