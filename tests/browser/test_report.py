@@ -121,14 +121,19 @@ def test_unknown_values_stay_at_the_end(page):
     assert len(column(page, "faithfulness", 3)) == count
 
 
+def wait_until_open(page, name):
+    """The browser tells the page of a followed link a moment after the click; a card that stays shut fails."""
+    page.wait_for_selector(f"[id='{name}'][open]", timeout=10_000)
+
+
 def test_a_node_in_the_table_leads_to_its_description(page, run):
     nodes = top_nodes(read_table(run.nodes), 8, kind="feature")
     name = f"{nodes['site'][3]}-{nodes['feature'][3]}"
     card = page.locator(f"[id='{name}']")
     assert card.get_attribute("open") is None
     page.locator(f"table:has(#table-nodes) a[href='#{name}']").click()
-    assert card.get_attribute("open") is not None
-    assert page.evaluate(f"document.getElementById('{name}').getBoundingClientRect().top") < 900
+    wait_until_open(page, name)
+    page.wait_for_function(f"document.getElementById('{name}').getBoundingClientRect().top < 900")
     assert card.locator("mark.peak").count() > 0
 
 
@@ -149,7 +154,7 @@ def test_a_node_in_the_figure_leads_to_its_description_and_shows_its_edges(page,
     assert lit
     node.click()
     described = f"{circuit.nodes[number].site}-{circuit.nodes[number].feature}"
-    assert page.locator(f"[id='{described}']").get_attribute("open") is not None
+    wait_until_open(page, described)
 
 
 def test_features_can_be_searched_and_unfolded(page):
