@@ -43,15 +43,19 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 
 
 def check_against_model(config: Config, manifest: Path) -> None:
-    """Check the sites against a model that has been prepared before; does nothing if there is none yet.
+    """Check the sites against a model that has been prepared before.
 
-    A model that is not on disk is checked by the stage that prepares it, with the same sentence.
+    A model that is not on disk, or was made from another source, is checked by the stage that prepares it, with the
+    same sentence.
 
     :raises UserError: the model lacks a site.
     """
     if not manifest.is_file():
         return
-    details = read_manifest(manifest, "model").details
+    prepared = read_manifest(manifest, "model")
+    if prepared.provenance["params"]["source"] != config.model.source.model_dump():
+        return
+    details = prepared.details
     for site in config.sites:
         check_site(parse_site(site), ARCHITECTURES[details["architecture"]], details["layers"])
 

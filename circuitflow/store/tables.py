@@ -1,6 +1,7 @@
 """Parquet tables with provenance: equal data and equal provenance give equal bytes."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,6 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """The provenance that :func:`write_table` put into the file (empty if none)."""
-    import json
-
     return dict(json.loads((_metadata(path)).get(PROVENANCE_KEY, b"{}")))
 
 

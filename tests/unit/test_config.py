@@ -105,7 +105,11 @@ def test_a_site_beyond_a_model_that_is_on_disk_is_refused_before_any_job(tmp_pat
     manifest = tmp_path / "manifest.json"
     check_against_model(config, manifest)
     details = {"architecture": "llama", "layers": 20}
-    Manifest("model", "f" * 16, "c", {}, details).write(manifest)
+    source = config.model.source.model_dump()
+    other = {"params": {"source": {**source, "version": "another"}}}
+    Manifest("model", "f" * 16, "c", other, details).write(manifest)
+    check_against_model(config, manifest)
+    Manifest("model", "f" * 16, "c", {"params": {"source": source}}, details).write(manifest)
     with pytest.raises(UserError, match=r"resid\.24"):
         check_against_model(config, manifest)
 
