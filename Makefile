@@ -7,12 +7,13 @@ PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint format schema bench kills clean lock dev
+.PHONY: help run test check lint format schema study peers bench kills clean lock dev
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 BIN := .venv/bin
 CHECKED := circuitflow workflow_scripts tests envs $(wildcard benchmarks)
 CHOSEN := $(if $(filter-out config.yaml,$(CONFIG)),--configfile "$(CONFIG)")
+PEERS := $(wildcard envs/peers/*.txt)
 RULES := Snakefile $(wildcard rules/*.smk)
 
 help: ## list the targets
@@ -43,6 +44,18 @@ format: dev ## put Python and Snakemake files into their standard form
 
 schema: .venv/runtime ## write config.schema.json, by which editors complete and check config.yaml
 	$(BIN)/circuitflow schema > config.schema.json
+
+study: .venv/runtime ## train and compare the dictionaries of the configuration's section study
+	$(BIN)/circuitflow fetch $(CHOSEN)
+	$(BIN)/circuitflow unlock
+	$(BIN)/snakemake --cores $(CORES) $(CHOSEN) -- study
+
+peers: $(PEERS:envs/peers/%.txt=.venv-peers/%/installed) ## install the libraries we compare with, each in an environment of its own
+
+.venv-peers/%/installed: envs/peers/%.txt
+	$(PYTHON) -m venv --clear .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 bench: dev ## measure speed and memory side by side (benchmarks/)
 	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -35,13 +35,16 @@ include: "rules/circuits.smk"
 include: "rules/features.smk"
 include: "rules/figures.smk"
 include: "rules/report.smk"
+include: "rules/study.smk"
+include: "rules/study_figures.smk"
+include: "rules/variant_figures.smk"
 
 
 onstart:
     record_owner(Path(".snakemake"))
     if not ENCODED:
         print(
-            "A site's dictionary is decoder_only: scores and rankings are made, but no circuit and no page."
+            "A site's dictionary has no encoder: scores and rankings are made, but no circuit and no page."
         )
 
 

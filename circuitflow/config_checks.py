@@ -7,6 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from circuitflow.config import Config, ImportedPairs, PathSource, TextFiles, ToySource, json_schema
+from circuitflow.config_dictionaries import DictionarySettings
+from circuitflow.dictionaries.formats.places import local_files
+from circuitflow.dictionaries.settings import used_settings
 from circuitflow.errors import UserError, nearest
 from circuitflow.models.architectures import ARCHITECTURES, check_site
 from circuitflow.models.sites import parse_site
@@ -25,17 +28,10 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(_sentence(error, [])) from None
-    for site in config.dictionaries.overrides:
-        if site not in config.sites:
-            raise UserError(
-                f"Key dictionaries.overrides.{site} names a site that is not in sites; {nearest(site, config.sites)}."
-            )
-        try:
-            config.dictionary(site)
-        except ValidationError as error:
-            raise UserError(_sentence(error, ["dictionaries", "overrides", site])) from None
+    _check_overrides(config)
     _check_sites(config)
     _check_dictionaries(config)
+    _check_study(config)
     _check_sizes(config)
     _check_files(config)
     _check_stages(config)
@@ -95,19 +91,69 @@ def _check_sites(config: Config) -> None:
             raise UserError(f"Key {key} is {value}, which is not supported; {nearest(value, ARCHITECTURES)}.")
 
 
+def _check_overrides(config: Config) -> None:
+    for site in config.dictionaries.overrides:
+        if site not in config.sites:
+            raise UserError(
+                f"Key dictionaries.overrides.{site} names a site that is not in sites; {nearest(site, config.sites)}."
+            )
+        try:
+            config.dictionary(site)
+        except ValidationError as error:
+            raise UserError(_sentence(error, ["dictionaries", "overrides", site])) from None
+
+
 def _check_dictionaries(config: Config) -> None:
     for site in config.sites:
-        settings = config.dictionary(site)
-        if settings.k > settings.d_dict:
+        _check_dictionary(config.dictionary(site), site)
+        _check_positions(config.dictionary(site), config.corpus.block)
+
+
+def _check_study(config: Config) -> None:
+    study = config.study
+    if study is None:
+        return
+    if study.site not in config.sites:
+        raise UserError(
+            f"Key study.site is {study.site}, which is not in sites; {nearest(study.site, config.sites)}."
+        )
+    if study.name == config.dictionaries.name:
+        raise UserError(
+            f"Key study.name is {study.name}, the name of the dictionaries too; give the study another."
+        )
+    for number in range(len(study.variants)):
+        part = config.model_copy(
+            update={"study": study.model_copy(update={"variants": [study.variants[number]]})}
+        )
+        try:
+            variants = part.variants()
+        except ValidationError as error:
+            raise UserError(_sentence(error, ["study", "variants", str(number)])) from None
+        if not variants:
             raise UserError(
-                f"Key dictionaries.k is {settings.k} for {site}, more than its d_dict of {settings.d_dict}; lower k or "
-                "raise d_dict."
+                f"Key study.variants.{number} has an empty list of values; give at least one value."
             )
-        if settings.kind == "decoder_only" and settings.weights is None:
-            raise UserError(
-                f"Key dictionaries.weights is missing for {site}: kind decoder_only reads W_dec from a safetensors "
-                "file; name it."
-            )
+        for label, settings in variants.items():
+            _check_dictionary(settings, f"variant {label}")
+
+
+def _check_dictionary(settings: DictionarySettings, where: str) -> None:
+    if "k" in used_settings(settings.model_dump()) and settings.k > settings.d_dict:
+        raise UserError(
+            f"Key dictionaries.k is {settings.k} for {where}, more than its d_dict of {settings.d_dict}; lower k or "
+            "raise d_dict."
+        )
+    if settings.kind == "pretrained" and settings.source is None:
+        raise UserError(
+            f"Key dictionaries.source is missing for {where}: kind pretrained reads a dictionary made elsewhere; give "
+            "its format and path, or format, id and revision."
+        )
+    prefixes = list(settings.prefixes)
+    if settings.kind == "matryoshka" and (prefixes != sorted(set(prefixes)) or prefixes[-1:] != [1.0]):
+        raise UserError(
+            f"Key dictionaries.prefixes is {prefixes} for {where}; give shares of d_dict in ascending order that end "
+            "with 1.0."
+        )
 
 
 def _check_sizes(config: Config) -> None:
@@ -116,6 +162,15 @@ def _check_sizes(config: Config) -> None:
         raise UserError(
             f"Key activations.shard_rows is {config.activations.shard_rows}, not a multiple of corpus.block "
             f"({config.corpus.block}); try {max(below, config.corpus.block)}."
+        )
+
+
+def _check_positions(settings: DictionarySettings, block: int) -> None:
+    beyond = [position for position in settings.training.skip_positions if position >= block]
+    if beyond:
+        raise UserError(
+            f"Key dictionaries.training.skip_positions has {beyond[0]}, but a block has {block} positions, 0 to "
+            f"{block - 1} (corpus.block); leave it out."
         )
 
 
@@ -132,10 +187,14 @@ def _check_files(config: Config) -> None:
         files |= {"task.pairs.train": config.task.pairs.train, "task.pairs.test": config.task.pairs.test}
     if isinstance(config.model.source, PathSource):
         files["model.source.path"] = config.model.source.path
-    for site in config.sites:
-        weights = config.dictionary(site).weights
-        if weights is not None:
-            files["dictionaries.weights"] = weights
+    sources = [
+        (site, settings.source)
+        for _, site, settings in config.every_dictionary()
+        if settings.source is not None
+    ]
+    for _, dictionary in sources:
+        if dictionary.id is None and dictionary.path is not None:
+            files["dictionaries.source.path"] = dictionary.path
     for key, name in files.items():
         if not Path(name).exists():
             siblings = (
@@ -143,9 +202,11 @@ def _check_files(config: Config) -> None:
             )
             hint = f"; {nearest(Path(name).name, siblings)}" if siblings else ""
             raise UserError(f"Key {key} names {name}, which does not exist{hint}.")
-    for source in config.corpus.sources:
-        if isinstance(source, TextFiles) and not any(Path().glob(source.glob)):
-            raise UserError(f"Key corpus.sources has the pattern {source.glob}, which matches no file.")
+    for text in config.corpus.sources:
+        if isinstance(text, TextFiles) and not any(Path().glob(text.glob)):
+            raise UserError(f"Key corpus.sources has the pattern {text.glob}, which matches no file.")
+    for site, dictionary in sources:
+        local_files(dictionary.model_dump(), site)
 
 
 def _sentence(error: ValidationError, where: list[str]) -> str:
@@ -155,7 +216,9 @@ def _sentence(error: ValidationError, where: list[str]) -> str:
     shown = ".".join([*where, *_without_union_tags(path)])
     kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
-        inside = ["dictionaries", *path] if where else path  # an override has the keys of its section
+        inside = (
+            ["dictionaries", *path] if where else path
+        )  # overrides and variants have the keys of that section
         return f"Unknown key {shown}; {nearest(path[-1], _keys_beside(inside))}."
     if kind == "missing":
         return f"Key {shown} is missing; add it (see config.yaml for every key)."

@@ -24,6 +24,7 @@ class _Board:
     started: float = field(default_factory=time.monotonic)
     last_line: float = 0.0
     last_file: float = 0.0
+    curves: Path | None = None
     first_done: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
@@ -33,6 +34,11 @@ _board = _Board()
 def announce(job: str, file: Path | None) -> None:
     """Start the board of this process's job; ``file`` is rewritten as the job goes on."""
     vars(_board).update(vars(_Board(job=job, file=file)))
+
+
+def show_curves(log: Path) -> None:
+    """Let ``circuitflow watch`` draw the numbers of a training's ``log`` (JSON lines) beside this job's progress."""
+    _board.curves = log.absolute()
 
 
 def finish() -> None:
@@ -102,6 +108,7 @@ def _write(
         "facts": {name: _short(value) for name, value in facts.items()},
         "pid": os.getpid(),
         "host": socket.gethostname(),
+        "curves": None if _board.curves is None else str(_board.curves),
     }
     temporary = file.with_name(f".{file.name}.tmp")
     try:

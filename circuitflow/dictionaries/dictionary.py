@@ -15,7 +15,8 @@ from circuitflow.dictionaries.tensors import read_tensors, write_tensors
 from circuitflow.errors import UserError
 from circuitflow.store.objects import read_manifest
 
-COMMON = ("W_enc", "b_enc", "W_dec", "b_dec")
+COMMON = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
+DESCRIBED = {"kind", "reads", "writes", "select", "d_in", "d_model", "d_dict", "skip", "settings", "notes"}
 WEIGHTS_FILE = "weights.safetensors"
 ENCODE_ENTRIES = 1 << 24  # pre-activations held at once while encoding (64 MiB in float32)
 
@@ -48,9 +49,10 @@ NO_SKIP = Skip()
 class Dictionary:
     """Features that read one site and write it back: x̂ = Σ_i f_i·W_dec[i] + b_dec.
 
-    Pre-activations are x·W_encᵀ + b_enc; ``select`` names the rule that picks the active ones, ``settings``
-    holds its numbers (k …). Normalisation and a subtracted mean are folded in: inputs and outputs are raw
-    activations. On the active set the encoder is linear: ∂f_i/∂x = 1[i active]·W_enc[i]. ``W_enc`` is None
+    A transcoder writes another site than it reads: ŷ = Σ_i f_i·W_dec[i] + b_dec [+ W_skip·x], and ŷ approximates
+    the vector there. Pre-activations are x·W_encᵀ + b_enc; ``select`` names the rule that picks the active ones,
+    ``settings`` holds its numbers (k …). Normalisation and a subtracted mean are folded in: inputs and outputs are
+    raw activations. On the active set the encoder is linear: ∂f_i/∂x = 1[i active]·W_enc[i]. ``W_enc`` is None
     when only a decoder is known.
     """
 
@@ -58,7 +60,7 @@ class Dictionary:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     select: str
-    W_enc: Float[Tensor, "d_dict d_model"] | None
+    W_enc: Float[Tensor, "d_dict d_in"] | None
     b_enc: Float[Tensor, " d_dict"]
     W_dec: Float[Tensor, "d_dict d_model"]
     b_dec: Float[Tensor, " d_model"]
@@ -66,18 +68,24 @@ class Dictionary:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)  # facts about the making, for people to read
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # the rule's per-feature tensors: threshold …
+    W_skip: Float[Tensor, "d_model d_in"] | None = None  # what a transcoder passes on of its input, linearly
 
     @property
     def d_model(self) -> int:
-        """Width of the site."""
+        """Width of the site that it writes."""
         return self.W_dec.shape[1]
+
+    @property
+    def d_in(self) -> int:
+        """Width of the site that it reads; that of the site it writes where only a decoder is known."""
+        return self.d_model if self.W_enc is None else self.W_enc.shape[1]
 
     @property
     def d_dict(self) -> int:
         """Number of features."""
         return self.W_dec.shape[0]
 
-    def encode(self, x: Float[Tensor, "n d_model"], positions: Int64[Tensor, " n"]) -> Codes:
+    def encode(self, x: Float[Tensor, "n d_in"], positions: Int64[Tensor, " n"]) -> Codes:
         """Active features of each vector; none for vectors that the outlier rule skips.
 
         :param positions: of each vector within its prompt or block.
@@ -96,13 +104,35 @@ class Dictionary:
             return empty_codes(x.shape[0], self.d_dict, self.W_dec)
         return _spread(concatenate_codes(parts), kept, x.shape[0])
 
-    def decode(self, codes: Codes) -> Float[Tensor, "n d_model"]:
-        """Reconstruction x̂ from codes, b_dec included."""
-        return decode_codes(codes, self.W_dec) + self.b_dec
+    def decode(self, codes: Codes, x: Float[Tensor, "n d_in"] | None = None) -> Float[Tensor, "n d_model"]:
+        """Reconstruction from codes, b_dec included, and W_skip·x if there is a skip connection.
 
-    def error(self, x: Float[Tensor, "n d_model"], codes: Codes) -> Float[Tensor, "n d_model"]:
-        """What the features do not explain: x − x̂."""
-        return x - self.decode(codes)
+        :param x: the vectors that were encoded; needed by a skip connection alone, which outliers have too.
+        :raises ValueError: there is a skip connection and no ``x``.
+        """
+        decoded = decode_codes(codes, self.W_dec) + self.b_dec
+        if self.W_skip is None:
+            return decoded
+        if x is None:
+            raise ValueError(
+                f"the dictionary at {', '.join(self.reads)} has a skip connection: decode needs x"
+            )
+        return decoded + x.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def error(
+        self,
+        x: Float[Tensor, "n d_in"],
+        codes: Codes,
+        written: Float[Tensor, "n d_model"] | None = None,
+    ) -> Float[Tensor, "n d_model"]:
+        """What features and skip connection do not explain: x − x̂.
+
+        :param written: for a transcoder, the vectors at the site that it writes.
+        :raises ValueError: the dictionary writes another site than it reads, and ``written`` is not given.
+        """
+        if written is None and self.reads != self.writes:
+            raise ValueError(f"the dictionary writes {', '.join(self.writes)}: error needs what is there")
+        return (x if written is None else written) - self.decode(codes, x)
 
     def active(self, codes: Codes, features: Int64[Tensor, " m"]) -> Bool[Tensor, "n m"]:
         """Whether each of a few features is active in each vector."""
@@ -110,52 +140,55 @@ class Dictionary:
 
     def to(self, target: torch.device | str | torch.dtype) -> "Dictionary":
         """The dictionary on another device or in another floating-point type."""
-        encoder = None if self.W_enc is None else self.W_enc.to(target)
-        moved = {name: getattr(self, name).to(target) for name in ("b_enc", "W_dec", "b_dec")}
-        extra = {name: tensor.to(target) for name, tensor in self.extra.items()}
-        return replace(self, W_enc=encoder, extra=extra, **moved)
+        moved = {name: tensor.to(target) for name, tensor in self._tensors().items()}
+        common: dict[str, Any] = {name: moved[name] for name in COMMON if name in moved}
+        return replace(self, extra={name: moved[name] for name in self.extra}, **common)
 
-    def _encode_block(self, x: Float[Tensor, "n d_model"]) -> Codes:
+    def _tensors(self) -> dict[str, Tensor]:
+        common = {name: getattr(self, name) for name in COMMON}
+        return {name: tensor for name, tensor in common.items() if tensor is not None} | dict(self.extra)
+
+    def _encode_block(self, x: Float[Tensor, "n d_in"]) -> Codes:
         assert self.W_enc is not None
         pre = torch.addmm(self.b_enc, x.to(self.W_enc.dtype), self.W_enc.T)
         return selection(self.select)(pre, self.settings, self.extra)
 
     def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_model:
+        if x.shape[-1] != self.d_in:
             raise UserError(
-                f"Dictionary at {', '.join(self.reads)} is {self.d_model} wide but was given vectors of width "
+                f"Dictionary at {', '.join(self.reads)} is {self.d_in} wide but was given vectors of width "
                 f"{x.shape[-1]}; use a dictionary trained on this model and site."
             )
 
 
 def save_dictionary(path: Path, dictionary: Dictionary) -> None:
     """Write weights and description to one safetensors file; equal dictionaries give equal bytes."""
-    tensors = {name: getattr(dictionary, name) for name in COMMON} | dict(dictionary.extra)
     described = {
         "kind": dictionary.kind,
         "reads": list(dictionary.reads),
         "writes": list(dictionary.writes),
         "select": dictionary.select,
+        "d_in": dictionary.d_in,
         "d_model": dictionary.d_model,
         "d_dict": dictionary.d_dict,
         "skip": {"positions": list(dictionary.skip.positions), "max_norm": dictionary.skip.max_norm},
         "settings": dict(dictionary.settings),
         "notes": dict(dictionary.notes),
     }
-    write_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, described)
+    write_tensors(path, dictionary._tensors(), described)
 
 
 def load_dictionary(path: Path, width: int | None = None) -> Dictionary:
     """Read a dictionary from its manifest (``{site}.json``) or straight from a safetensors file.
 
-    :param width: d_model that the caller needs, if known.
+    :param width: width of the site that it must read, if known.
     :raises UserError: the file is missing, damaged, not a dictionary of ours, or of another width.
     """
     file = _weights_path(Path(path))
     described, tensors = _read(file)
-    if width is not None and described["d_model"] != width:
+    if width is not None and described["d_in"] != width:
         raise UserError(
-            f"Dictionary {file} is {described['d_model']} wide but the site is {width} wide; "
+            f"Dictionary {file} is {described['d_in']} wide but the site is {width} wide; "
             "use a dictionary trained on this model and site."
         )
     return Dictionary(
@@ -171,6 +204,7 @@ def load_dictionary(path: Path, width: int | None = None) -> Dictionary:
         settings=described["settings"],
         notes=described["notes"],
         extra={name: tensor for name, tensor in tensors.items() if name not in COMMON},
+        W_skip=tensors.get("W_skip"),
     )
 
 
@@ -182,20 +216,22 @@ def _weights_path(path: Path) -> Path:
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, described = read_tensors(file)
-    if described is None or not {"b_enc", "W_dec", "b_dec"} <= set(tensors):
+    known = described is not None and set(described) >= DESCRIBED
+    if described is None or not known or not {"b_enc", "W_dec", "b_dec"} <= set(tensors):
         raise UserError(f"File {file} is not a circuitflow dictionary; name one made by train_dictionary.")
     _check_shapes(file, described, tensors)
     return described, tensors
 
 
 def _check_shapes(file: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    full, wide = (described["d_dict"], described["d_model"]), (described["d_model"],)
-    expected = {"W_enc": full, "W_dec": full, "b_dec": wide}
+    d_dict, d_in, d_out = (described[name] for name in ("d_dict", "d_in", "d_model"))
+    expected: dict[str, tuple[int, ...]]
+    expected = {"W_enc": (d_dict, d_in), "W_dec": (d_dict, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected.get(name, full[:1]):
+        if tuple(tensor.shape) != expected.get(name, (d_dict,)):
             raise UserError(
-                f"Dictionary {file}: {name} has shape {tuple(tensor.shape)}, expected {expected.get(name, full[:1])}; "
-                "the file is damaged or was edited: train or import it again."
+                f"Dictionary {file}: {name} has shape {tuple(tensor.shape)}, expected "
+                f"{expected.get(name, (d_dict,))}; the file is damaged or was edited: train or import it again."
             )
 
 

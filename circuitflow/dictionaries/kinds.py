@@ -1,39 +1,40 @@
 """The kinds of dictionary: which are trained and with what objective, which are made, and how.
 
-A new trained kind (ReLU, JumpReLU, BatchTopK, Gated, Matryoshka …) adds a selection rule for inference
-(:mod:`~circuitflow.dictionaries.selection`), an objective (:mod:`~circuitflow.dictionaries.objective`) and a
-line here.
+A new trained kind adds a selection rule for inference (:mod:`~circuitflow.dictionaries.selection`) if none of
+them serves, an objective (:mod:`~circuitflow.dictionaries.objective`), the keys it uses
+(:mod:`~circuitflow.dictionaries.settings`) and a line here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
+from statistics import NormalDist
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitflow.dictionaries.batchtopk import BatchTopK, prefix_ends
 from circuitflow.dictionaries.dictionary import NO_SKIP, Dictionary, Skip
+from circuitflow.dictionaries.gated import Gated
+from circuitflow.dictionaries.jumprelu import JumpReLU
 from circuitflow.dictionaries.objective import Objective
-from circuitflow.dictionaries.settings import Training
-from circuitflow.dictionaries.tensors import read_tensors
+from circuitflow.dictionaries.relu import ReLU
+from circuitflow.dictionaries.settings import USED, Settings
 from circuitflow.dictionaries.topk import AuxK, TopK
+from circuitflow.dictionaries.trainer import FIRST_ENCODER_SCALE
 from circuitflow.errors import UserError, nearest
+
+FIRST_L0 = 32  # features active before training, for kinds with thresholds or biases
 
 
 @dataclass(frozen=True)
 class Request:
     """The dictionary wanted."""
 
-    kind: str
     site: str
     d_model: int
-    d_dict: int
-    k: int
-    seed: int
-    training: Training
-    weights: Path | None = None
-    """File that a decoder is read from."""
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -46,91 +47,142 @@ class Data:
 
 def topk(request: Request) -> Objective:
     """TopK with AuxK."""
-    training = request.training
-    return TopK(request.k, AuxK(training.auxk or max(1, request.d_model // 2), training.auxk_weight))
+    settings, training = request.settings, request.settings.training
+    return TopK(settings.k, _auxk(request), training.k_start, training.k_anneal)
+
+
+def batchtopk(request: Request) -> Objective:
+    """BatchTopK with AuxK."""
+    settings, training = request.settings, request.settings.training
+    return BatchTopK(settings.k, _auxk(request), (1.0,), training.k_start, training.k_anneal)
+
+
+def matryoshka(request: Request) -> Objective:
+    """BatchTopK with AuxK, whose features reconstruct in nested prefixes."""
+    settings, training = request.settings, request.settings.training
+    return BatchTopK(settings.k, _auxk(request), settings.prefixes, training.k_start, training.k_anneal)
+
+
+def relu(request: Request) -> Objective:
+    """ReLU with an L1 penalty."""
+    settings = request.settings
+    return ReLU(_or(settings.penalty, 0.1), -first_level(request.d_model, settings.d_dict))
+
+
+def jumprelu(request: Request) -> Objective:
+    """JumpReLU with a penalty on L0, or one that aims at an L0."""
+    settings = request.settings
+    aims = settings.target_l0 is not None
+    return JumpReLU(
+        penalty=_or(settings.penalty, 1.0 if aims else 1e-3),
+        bandwidth=_or(settings.bandwidth, 0.5 / request.d_model**0.5),
+        first_threshold=_or(settings.first_threshold, first_level(request.d_model, settings.d_dict)),
+        target_l0=settings.target_l0,
+    )
+
+
+def gated(request: Request) -> Objective:
+    """Gated with an L1 penalty on the gate."""
+    settings = request.settings
+    return Gated(_or(settings.penalty, 0.1), -first_level(request.d_model, settings.d_dict))
+
+
+def first_level(d_model: int, d_dict: int) -> float:
+    """The level that about ``FIRST_L0`` features of a vector exceed before training, a tenth of them at most.
+
+    Inputs have mean ‖x‖² = 1 and encoder rows random directions, so that pre-activations are about normal with
+    standard deviation (norm of the rows)/√d_model.
+    """
+    share = min(FIRST_L0 / d_dict, 0.1)
+    return NormalDist().inv_cdf(1 - share) * FIRST_ENCODER_SCALE / d_model**0.5
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _auxk(request: Request) -> AuxK:
+    training = request.settings.training
+    return AuxK(training.auxk or max(1, request.d_model // 2), training.auxk_weight)
 
 
 def random(request: Request, data: Data) -> Dictionary:
     """Random decoder rows of norm 1, the encoder along them, TopK: what training has to beat."""
-    draw = torch.randn(request.d_dict, request.d_model, generator=torch.Generator().manual_seed(request.seed))
+    settings, at = request.settings, (request.site,)
+    draw = torch.randn(
+        settings.d_dict, request.d_model, generator=torch.Generator().manual_seed(settings.seed)
+    )
     rows = draw / draw.norm(dim=1, keepdim=True)
-    return _dictionary(request, "topk", rows, rows, -rows @ data.mean, data.mean, data.skip, k=request.k)
+    offset = -rows @ data.mean
+    return Dictionary("random", at, at, "topk", rows, offset, rows, data.mean, data.skip, {"k": settings.k})
 
 
 def identity(request: Request, data: Data) -> Dictionary:
     """Features are coordinates, of either sign; the error is 0 at every token, sinks included."""
-    zeros, rows = torch.zeros(request.d_model), torch.eye(request.d_model)
-    return _dictionary(request, "nonzero", rows, rows, zeros, zeros, NO_SKIP)
+    zeros, rows, at = torch.zeros(request.d_model), torch.eye(request.d_model), (request.site,)
+    return Dictionary("identity", at, at, "nonzero", rows, zeros, rows, zeros, NO_SKIP)
 
 
-def decoder_only(request: Request, data: Data) -> Dictionary:
-    """A bare decoder from a file: decoder-only scores, no features.
-
-    :raises UserError: no file is named, or it holds no W_dec of the site's width.
-    """
-    if request.weights is None:
-        raise UserError(
-            "Kind decoder_only needs key weights: a safetensors or .pt file with W_dec; name one."
-        )
-    tensors = _read_decoder(request.weights)
-    rows = tensors["W_dec"].float()
-    if rows.ndim != 2 or rows.shape[1] != request.d_model:
-        raise UserError(
-            f"File {request.weights}: W_dec has shape {tuple(rows.shape)}, expected (d_dict, {request.d_model}) for "
-            f"{request.site}; use a decoder of this model and site, one row per feature."
-        )
-    offset = tensors.get("b_dec", torch.zeros(request.d_model)).float()
-    return _dictionary(request, "topk", None, rows, torch.zeros(rows.shape[0]), offset, NO_SKIP)
-
-
-TRAINED: dict[str, Callable[[Request], Objective]] = {"topk": topk}
-MADE: dict[str, Callable[[Request, Data], Dictionary]] = {
-    "random": random,
-    "identity": identity,
-    "decoder_only": decoder_only,
+TRAINED: dict[str, Callable[[Request], Objective]] = {
+    "topk": topk,
+    "batchtopk": batchtopk,
+    "matryoshka": matryoshka,
+    "relu": relu,
+    "jumprelu": jumprelu,
+    "gated": gated,
 }
+MADE: dict[str, Callable[[Request, Data], Dictionary]] = {"random": random, "identity": identity}
 
 
 def check_request(request: Request) -> None:
     """Check what the configuration cannot know, or a notebook may get wrong.
 
-    :raises UserError: the kind is unknown, or k is impossible.
+    :raises UserError: the kind is unknown, or one of its settings cannot be.
     """
-    if request.kind not in TRAINED and request.kind not in MADE:
+    settings = request.settings
+    if settings.kind not in TRAINED and settings.kind not in MADE:
         raise UserError(
-            f"Kind of dictionary {request.kind!r} is unknown; {nearest(request.kind, [*TRAINED, *MADE])}."
+            f"Kind of dictionary {settings.kind!r} is unknown; {nearest(settings.kind, [*TRAINED, *MADE])}."
         )
-    if not 1 <= request.k <= request.d_dict:
-        raise UserError(f"Key k is {request.k}; choose a number from 1 to d_dict, which is {request.d_dict}.")
+    used = USED[settings.kind][0]
+    if "d_dict" in used and settings.d_dict < 1:
+        raise UserError(f"Key d_dict is {settings.d_dict}; choose the number of features, at least 1.")
+    if "k" in used:
+        _check_k(settings)
+    if "prefixes" in used:
+        _check_prefixes(settings)
+    for key in ("penalty", "target_l0", "bandwidth", "first_threshold"):
+        value = getattr(settings, key)
+        if key in used and value is not None and not value > 0:
+            raise UserError(f"Key {key} is {value}; choose a number above 0, or null for the default.")
+    if "target_l0" in used and (settings.target_l0 or 0) > settings.d_dict:
+        raise UserError(
+            f"Key target_l0 is {settings.target_l0}, more than d_dict, which is {settings.d_dict}; lower it."
+        )
 
 
-def _dictionary(
-    request: Request,
-    select: str,
-    encoder: Tensor | None,
-    rows: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    skip: Skip,
-    **settings: int,
-) -> Dictionary:
-    at = (request.site,)
-    return Dictionary(request.kind, at, at, select, encoder, b_enc, rows, b_dec, skip, settings)
+def _check_k(settings: Settings) -> None:
+    if not 1 <= settings.k <= settings.d_dict:
+        raise UserError(
+            f"Key k is {settings.k}; choose a number from 1 to d_dict, which is {settings.d_dict}."
+        )
+    start = settings.training.k_start
+    if start is not None and not settings.k <= start <= settings.d_dict:
+        raise UserError(
+            f"Key training.k_start is {start}; choose a number from k, which is {settings.k}, to d_dict, which is "
+            f"{settings.d_dict}."
+        )
 
 
-def _read_decoder(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        tensors, _ = read_tensors(path)
-    else:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for what is not a plain file of tensors
-            raise UserError(
-                f"File {path} cannot be read as a file of tensors ({type(error).__name__}); "
-                "give a safetensors file with W_dec."
-            ) from None
-        tensors = loaded if isinstance(loaded, dict) else {"W_dec": loaded}
-    if not isinstance(tensors.get("W_dec"), Tensor):
-        found = ", ".join(map(str, tensors)) or "nothing"
-        raise UserError(f"File {path} has no tensor W_dec (it has {found}); rename the decoder to W_dec.")
-    return tensors
+def _check_prefixes(settings: Settings) -> None:
+    shares = settings.prefixes
+    if not shares or shares[0] <= 0 or shares[-1] != 1 or any(a >= b for a, b in pairwise(shares)):
+        raise UserError(
+            f"Key prefixes is {list(shares)}; give shares of d_dict in ascending order, above 0, that end with 1.0."
+        )
+    ends = prefix_ends(shares, settings.d_dict)
+    if any(a == b for a, b in pairwise((0, *ends))):
+        raise UserError(
+            f"Key prefixes is {list(shares)}, which gives prefixes of {', '.join(map(str, ends))} features: each needs "
+            "more than the one before; leave some out or raise d_dict."
+        )

@@ -35,6 +35,11 @@ class SiteRows:
         """(rows,) position of every row in its block."""
         return np.arange(self.store.rows) % self.block
 
+    @property
+    def held_out_blocks(self) -> np.ndarray:
+        """Numbers of the held-out blocks, ascending."""
+        return np.flatnonzero(self.held_out[:: self.block])
+
     def read(
         self, wanted: np.ndarray, chunk_rows: int = CHUNK_ROWS
     ) -> Iterator[tuple[Int64[Tensor, " n"], Float[Tensor, "n d_model"]]]:

@@ -2,58 +2,150 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from circuitflow.errors import UserError, nearest
+
+T = TypeVar("T", bound="Training | Settings")
+
+DATA = ("outlier_ratio", "skip_positions")
+"""Training keys that every kind uses: they say which vectors a dictionary is for."""
+
+LOOP = (
+    *DATA, "epochs", "batch", "learning_rate", "warmup", "decay", "clip_norm", "precision", "dead_after", "buffer_rows",
+    "checkpoints", "evaluate_every", "resample_every", "resample_until",
+)  # fmt: skip
+"""Training keys of every trained kind."""
+
+PENALISED = (*LOOP, "sparsity_warmup")
+LARGEST = (*LOOP, "auxk", "auxk_weight", "k_start", "k_anneal")
+
+USED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "topk": (("d_dict", "seed", "k"), LARGEST),
+    "batchtopk": (("d_dict", "seed", "k"), LARGEST),
+    "matryoshka": (("d_dict", "seed", "k", "prefixes"), LARGEST),
+    "relu": (("d_dict", "seed", "penalty"), PENALISED),
+    "jumprelu": (("d_dict", "seed", "penalty", "target_l0", "bandwidth", "first_threshold"), PENALISED),
+    "gated": (("d_dict", "seed", "penalty"), PENALISED),
+    "random": (("d_dict", "seed", "k"), DATA),
+    "identity": ((), DATA),
+    "pretrained": (("source",), DATA),
+}
+"""Keys that each kind uses, of the dictionary and of its training."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a dictionary is trained; keys and meanings are those of the configuration."""
+    """How a dictionary is trained; keys and meanings are those of the configuration. Left out means off."""
 
-    epochs: float
-    """Passes over the training rows."""
-    batch: int
-    """Tokens per step."""
-    learning_rate: float
-    """Peak learning rate of Adam, for inputs scaled to mean ‖x‖² = 1."""
-    warmup: float
-    """Share of the steps over which the learning rate rises."""
-    decay: float
-    """Share of the steps, at the end, over which it falls to zero."""
-    auxk_weight: float
-    """Weight of the auxiliary loss; 0 turns it off."""
-    auxk: int | None
-    """Dead features used per token; None is d_model / 2."""
-    dead_after: int
-    """Tokens without firing after which a feature counts as dead."""
     outlier_ratio: float | None
     """Tokens with a norm above ratio × median are left out; None keeps them."""
     skip_positions: tuple[int, ...]
     """Positions of a block that are left out."""
-    buffer_rows: int
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    batch: int = 1024
+    """Tokens per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of Adam, for inputs scaled to mean ‖x‖² = 1."""
+    warmup: float = 0.0
+    """Share of the steps over which the learning rate rises."""
+    decay: float = 0.0
+    """Share of the steps, at the end, over which it falls to zero."""
+    sparsity_warmup: float = 0.0
+    """Share of the steps over which sparsity penalties rise."""
+    k_start: int | None = None
+    """Active features per token at the first step; None is k."""
+    k_anneal: float = 0.0
+    """Share of the steps over which k_start falls to k."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all weights together; None clips nothing."""
+    precision: str = "float32"
+    """Of the products: float32 or bfloat16 (weights and sums stay float32)."""
+    auxk_weight: float = 0.0
+    """Weight of the auxiliary loss; 0 turns it off."""
+    auxk: int | None = None
+    """Dead features used per token; None is d_model / 2."""
+    dead_after: int = 1 << 60
+    """Tokens without firing after which a feature counts as dead."""
+    resample_every: int | None = None
+    """Steps between resamplings of dead features; None never resamples."""
+    resample_until: float = 0.0
+    """Share of the steps after which nothing is resampled."""
+    buffer_rows: int = 262_144
     """Rows shuffled together: bounds memory."""
-    checkpoints: tuple[float, ...]
+    checkpoints: tuple[float, ...] = ()
     """Shares of the training after which weights are kept, besides the end."""
-    evaluate_every: int
+    evaluate_every: int = 1 << 60
     """Steps between held-out measurements."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Training":
         """From plain JSON values.
 
-        :raises UserError: a key is unknown or missing.
+        :raises UserError: a key is unknown.
         """
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                raise UserError(f"Key training.{key} is unknown; {nearest(key, names, limit=len(names))}.")
-        if missing := [name for name in names if name not in values]:
-            raise UserError(f"Key training.{missing[0]} is missing; give it a value.")
-        sequences = {key: tuple(values[key]) for key in ("skip_positions", "checkpoints")}
-        return cls(**{**values, **sequences})
+        sequences = {key: tuple(values.get(key, ())) for key in ("skip_positions", "checkpoints")}
+        return _of(cls, {"outlier_ratio": None, **values, **sequences}, "training.")
 
     def checkpoint_steps(self, steps: int) -> frozenset[int]:
         """Step counts after which weights are kept, of a training of ``steps`` steps."""
         chosen = {max(1, round(share * steps)) for share in self.checkpoints}
         return frozenset(chosen - {steps})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a dictionary is; keys and meanings are those of the configuration. A kind reads only its own (``USED``)."""
+
+    kind: str
+    training: Training
+    d_dict: int = 0
+    """Number of features."""
+    seed: int = 0
+    """Of weights and of the order of the data."""
+    k: int = 0
+    """Active features per token."""
+    penalty: float | None = None
+    """Weight of the sparsity penalty; None is the kind's own default."""
+    target_l0: float | None = None
+    """JumpReLU: the L0 that the penalty aims at; None penalises L0 itself."""
+    bandwidth: float | None = None
+    """JumpReLU: width of the window in which thresholds get a gradient; None is the default."""
+    first_threshold: float | None = None
+    """JumpReLU: thresholds at first; None is the default."""
+    prefixes: tuple[float, ...] = ()
+    """Matryoshka: ends of the nested prefixes, as shares of d_dict, ascending to 1."""
+    source: Mapping[str, Any] | None = None
+    """Pretrained: format, and path or hub id and revision."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Settings":
+        """From plain JSON values, :func:`used_settings` or all of them.
+
+        :raises UserError: a key is unknown.
+        """
+        training = Training.of(values.get("training", {}))
+        return _of(cls, {**values, "training": training, "prefixes": tuple(values.get("prefixes") or ())}, "")
+
+
+def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the kind uses: a change of any other shapes nothing, so it must not retrain.
+
+    :raises UserError: the kind is unknown.
+    """
+    kind = values["kind"]
+    if kind not in USED:
+        raise UserError(f"Kind of dictionary {kind!r} is unknown; {nearest(kind, USED)}.")
+    own, training = USED[kind]
+    kept = {key: values[key] for key in own if key in values}
+    used = {key: value for key, value in values.get("training", {}).items() if key in training}
+    return {"kind": kind, **kept, "training": used}
+
+
+def _of(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    names = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in names:
+            raise UserError(f"Key {where}{key} is unknown; {nearest(key, names, limit=len(names))}.")
+    return cls(**values)

@@ -1,12 +1,14 @@
 """What a model loses when a site's vectors are replaced by their reconstructions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from circuitflow.dictionaries.dictionary import Dictionary
+from circuitflow.dictionaries.quality import Draws, ratio
 from circuitflow.models.running import LanguageModel, run
 from circuitflow.models.sites import parse_site
 
@@ -19,17 +21,20 @@ CONVENTIONS = {
 }
 
 
+COUNTS = ("tokens", "original", "reconstructed", "zero", "kl", "skipped", "positions")
+"""What is summed over each block: predicted tokens, their cross-entropies and KL, positions, those kept as errors."""
+
+
 @dataclass
 class Splice:
-    """Sums over predicted tokens, in float64, from which the model's losses follow."""
+    """Sums over the predicted tokens of each block, in float64, from which the model's losses follow."""
 
-    tokens: int = 0
-    skipped: int = 0
-    positions: int = 0
-    original: float = 0.0
-    reconstructed: float = 0.0
-    zero: float = 0.0
-    kl: float = 0.0
+    sums: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return int(sum(block["tokens"] for block in self.sums))
 
     def add(self, lm: LanguageModel, dictionary: Dictionary, tokens: Int64[Tensor, "batch pos"]) -> None:
         """Run the model as it is, with reconstructions, and with zeros at the dictionary's site."""
@@ -37,57 +42,62 @@ class Splice:
         mask = torch.ones_like(tokens, dtype=torch.bool)
         plain = run(lm, tokens, mask, capture=[site], stop_at=f"resid.{lm.n_layers - 1}")
         x = plain.sites[site]
-        reconstruction, kept = self._replacements(dictionary, x)
+        reconstruction, kept = _replacements(dictionary, x)
         zero = torch.where(kept, torch.zeros_like(x), x)
         ends = (_run_with(lm, tokens, mask, site, value) for value in (reconstruction, zero))
-        for block, *last in zip(tokens, _wanted(plain.last), *ends, strict=True):
-            self._compare(lm, block, *last)  # one block at a time: logits are vocabulary-wide
+        for block, chosen, *last in zip(tokens, kept, _wanted(plain.last), *ends, strict=True):
+            counts = {"skipped": float((~chosen).sum()), "positions": float(chosen.numel())}
+            # one block at a time: logits are vocabulary-wide
+            self.sums.append({**counts, **_compared(lm, block, *last)})
 
     def values(self) -> dict[str, float]:
         """Cross-entropies in nats, their differences, KL, and the share of tokens whose own vector was kept."""
-        original, reconstructed, zero = (
-            total / self.tokens for total in (self.original, self.reconstructed, self.zero)
+        return {name: float(value[0]) for name, value in self.drawn(np.ones((1, len(self.sums)))).items()}
+
+    def drawn(self, draws: Draws) -> dict[str, np.ndarray]:
+        """:meth:`values` for each of several draws of blocks."""
+        total = {name: draws @ np.array([block[name] for block in self.sums]) for name in COUNTS}
+        original, reconstructed, zero, kl = (
+            ratio(total[name], total["tokens"]) for name in ("original", "reconstructed", "zero", "kl")
         )
-        gap = original - zero
         return {
             "ce_original": original,
             "ce_reconstructed": reconstructed,
             "ce_zero": zero,
-            "ce_recovered": (reconstructed - zero) / gap if gap else float("nan"),
+            "ce_recovered": ratio(reconstructed - zero, original - zero),
             "delta_ce": reconstructed - original,
-            "kl": self.kl / self.tokens,
-            "kept_as_error_share": self.skipped / self.positions,
+            "kl": kl,
+            "kept_as_error_share": ratio(total["skipped"], total["positions"]),
         }
 
-    def _replacements(
-        self, dictionary: Dictionary, x: Float[Tensor, "batch pos d_model"]
-    ) -> tuple[Tensor, Tensor]:
-        """Reconstructions with skipped tokens as they are, and which tokens were replaced (batch, pos, 1)."""
-        batch, pos, _ = x.shape
-        flat = x.flatten(0, 1).to(dictionary.W_dec.dtype)
-        positions = torch.arange(pos, device=x.device).repeat(batch)
-        skipped = dictionary.skip.mask(flat, positions)
-        decoded = dictionary.decode(dictionary.encode(flat, positions))
-        self.skipped += int(skipped.sum())
-        self.positions += skipped.numel()
-        value = torch.where(skipped[:, None], flat, decoded)
-        return value.view_as(x).to(x.dtype), ~skipped.view(batch, pos, 1)
 
-    def _compare(
-        self,
-        lm: LanguageModel,
-        tokens: Int64[Tensor, " pos"],
-        plain: Float[Tensor, "pos d_model"],
-        reconstructed: Float[Tensor, "pos d_model"],
-        zero: Float[Tensor, "pos d_model"],
-    ) -> None:
-        target = tokens[1:, None]
-        p, q, z = (lm.unembed(end[:-1]).float().log_softmax(-1) for end in (plain, reconstructed, zero))
-        self.tokens += target.shape[0]
-        self.original -= float(p.gather(1, target).double().sum())
-        self.reconstructed -= float(q.gather(1, target).double().sum())
-        self.zero -= float(z.gather(1, target).double().sum())
-        self.kl += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
+def _replacements(dictionary: Dictionary, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
+    """Reconstructions with skipped tokens as they are, and which tokens were replaced (batch, pos, 1)."""
+    batch, pos, _ = x.shape
+    flat = x.flatten(0, 1).to(dictionary.W_dec.dtype)
+    positions = torch.arange(pos, device=x.device).repeat(batch)
+    skipped = dictionary.skip.mask(flat, positions)
+    decoded = dictionary.decode(dictionary.encode(flat, positions), flat)
+    value = torch.where(skipped[:, None], flat, decoded)
+    return value.view_as(x).to(x.dtype), ~skipped.view(batch, pos, 1)
+
+
+def _compared(
+    lm: LanguageModel,
+    tokens: Int64[Tensor, " pos"],
+    plain: Float[Tensor, "pos d_model"],
+    reconstructed: Float[Tensor, "pos d_model"],
+    zero: Float[Tensor, "pos d_model"],
+) -> dict[str, float]:
+    """Sums over the predicted tokens of one block."""
+    target = tokens[1:, None]
+    p, q, z = (lm.unembed(end[:-1]).float().log_softmax(-1) for end in (plain, reconstructed, zero))
+    ends = {"original": p, "reconstructed": q, "zero": z}
+    return {
+        "tokens": float(target.shape[0]),
+        **{name: -float(log_p.gather(1, target).double().sum()) for name, log_p in ends.items()},
+        "kl": float((p.exp() * (p - q)).sum(dim=-1).double().sum()),
+    }
 
 
 def _run_with(lm: LanguageModel, tokens: Tensor, mask: Tensor, site: str, value: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """What an interrupted training leaves behind: one state file, a log cut to match it, and a clean end on SIGTERM."""
 
-import json
 import os
 import signal
 import threading
@@ -12,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from circuitflow.dictionaries.describing import LOG_FILE
 from circuitflow.dictionaries.tensors import read_tensors, write_tensors
 from circuitflow.errors import UserError
 from circuitflow.progress import logger
 from circuitflow.provenance import canonical_json
 
 STATE_FILE = "state.safetensors"
-LOG_FILE = "log.jsonl"
 INTERVAL_VARIABLE = "CIRCUITFLOW_CHECKPOINT_SECONDS"
 DEFAULT_INTERVAL = 60.0
 
@@ -33,8 +32,9 @@ class TrainingLog:
         self._file = open(path, "ab")  # noqa: SIM115 - closed by __exit__
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Add a line."""
+        """Add a line, whole, for those who watch."""
         self._file.write((canonical_json(dict(line)) + "\n").encode())
+        self._file.flush()
 
     def sync(self) -> int:
         """Bring the log to the disk and return its length in bytes."""
@@ -74,11 +74,6 @@ def load_state(folder: Path, recipe: str) -> tuple[dict[str, Tensor], int, int] 
         logger.warning("%s is shorter than the state says: training starts again", log)
         return None
     return tensors, facts["done"], facts["log_bytes"]
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a training log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Interval:

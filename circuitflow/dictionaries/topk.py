@@ -6,38 +6,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitflow.dictionaries.gradients import Weights, decode_with_pull, pre_activations, weight_gradients
-from circuitflow.dictionaries.objective import Context, Gradients, Inference, Step
-from circuitflow.dictionaries.selection import largest
+from circuitflow.dictionaries.gradients import Weights, decode_with_pull, top_codes, weight_gradients
+from circuitflow.dictionaries.objective import COMMON, Context, Finished, Gradients, Step
 
 
 @dataclass(frozen=True)
 class AuxK:
-    """The ``k`` most active dead features of each token predict what the living ones leave over (Gao et al. 2024)."""
+    """The ``k`` most active dead features of each token predict what the living ones leave over (Gao et al. 2024).
+
+    Every kind that selects the largest features (TopK, BatchTopK, Matryoshka) adds it to its own gradients.
+    """
 
     k: int
     weight: float
 
-    def gradients(
+    def add_to(
         self,
-        pre: Float[Tensor, "batch d_dict"],
+        gradients: Gradients,
         error: Float[Tensor, "batch d_model"],
         weights: Weights,
         x: Float[Tensor, "batch d_model"],
         context: Context,
-    ) -> tuple[Float[Tensor, ""], Gradients]:
-        """weight · Σ‖error − ê‖² / Σ‖error‖² with the error held fixed, and its gradients in rows of dead features.
+    ) -> Float[Tensor, ""]:
+        """weight · Σ‖error − ê‖² / Σ‖error‖² with the error held fixed; its gradients are added in place.
 
-        ê = Σ f_i·W_dec[i] over dead features, without b_dec. The gradients have one row per dead feature.
+        ê = Σ f_i·W_dec[i] over dead features, without b_dec. Only rows of dead features have a gradient, and only
+        their pre-activations are computed again. 0 where nothing is dead or the weight is 0.
+
+        :param error: x − x̂ of the living features.
         """
         dead = context.dead.nonzero()[:, 0]
-        codes = largest(pre[:, dead], self.k)
-        decoded, pull = decode_with_pull(codes, weights["W_dec"][dead])
+        if self.weight <= 0 or dead.numel() == 0:
+            return x.new_zeros(())
+        rows = {name: weights[name][dead] for name in ("W_enc", "b_enc", "W_dec")}
+        codes = top_codes(rows, x, self.k)
+        decoded, pull = decode_with_pull(codes, rows["W_dec"])
         scale = self.weight / error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
-        cotangent = 2 * scale * (decoded - error)
-        gradients = weight_gradients(codes, pull(cotangent), x, cotangent)
-        del gradients["b_dec"]
-        return scale * (decoded - error).square().sum(), gradients
+        missed = decoded - error
+        cotangent = missed * (2 * scale)
+        added = weight_gradients(codes, pull(cotangent), x, cotangent)
+        for name in rows:
+            gradients[name].index_add_(0, dead, added[name])
+        return scale * missed.square().sum()
+
+
+def annealed(k: int, k_start: int | None, k_anneal: float, done: float) -> int:
+    """Active features per token after a share ``done`` of the steps: from ``k_start`` down to ``k``, linearly.
+
+    :param k_anneal: share of the steps over which it falls.
+    """
+    if k_start is None or done >= k_anneal:
+        return k
+    return round(k_start + (k - k_start) * done / k_anneal)
 
 
 @dataclass(frozen=True)
@@ -46,30 +66,36 @@ class TopK:
 
     k: int
     aux: AuxK
+    k_start: int | None = None
+    k_anneal: float = 0.0
     select: str = "topk"
+    unit_decoder: bool = True
+
+    def k_at(self, done: float) -> int:
+        """Active features per token after a share ``done`` of the steps."""
+        return annealed(self.k, self.k_start, self.k_anneal, done)
 
     def extra_weights(self, d_dict: int) -> dict[str, Tensor]:
         """None: TopK learns nothing besides encoder and decoder."""
         return {}
 
-    def inference(self, weights: Weights, scale: float) -> Inference:
-        """k, whatever the scale."""
-        return Inference({"k": self.k}, {})
+    def tracked(self, d_dict: int) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def finish(self, weights: Weights) -> Finished:
+        """The weights as they are, and k."""
+        return Finished({name: weights[name] for name in COMMON}, {"k": self.k}, {})
 
     def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
         """Loss and gradients of one batch."""
-        pre = pre_activations(weights, x)
-        codes = largest(pre, self.k)
+        codes = top_codes(weights, x, self.k_at(context.done))
         decoded, pull = decode_with_pull(codes, weights["W_dec"])
-        residual = decoded + weights["b_dec"] - x
+        residual = decoded.add_(weights["b_dec"]).sub_(x)
         cotangent = residual * (2 / x.shape[0])
         gradients = weight_gradients(codes, pull(cotangent), x, cotangent)
         reconstruction = residual.square().sum() / x.shape[0]
-        auxiliary = x.new_zeros(())
-        if self.aux.weight > 0 and bool(context.dead.any()):
-            auxiliary, added = self.aux.gradients(pre, -residual, weights, x, context)
-            for name, rows in added.items():
-                gradients[name][context.dead] += rows
+        auxiliary = self.aux.add_to(gradients, residual.neg_(), weights, x, context)
         fired = torch.zeros_like(context.dead)
         fired[codes.features] = True
         return Step(gradients, fired, reconstruction, auxiliary, codes.nnz)

@@ -1,8 +1,7 @@
 """The stage ``train_dictionary``: one dictionary from cached activations, resumed exactly where it was killed."""
 
 import signal
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,156 +10,124 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitflow.dictionaries.codes import decode_codes
-from circuitflow.dictionaries.dictionary import (
-    WEIGHTS_FILE,
-    Dictionary,
-    Skip,
-    load_dictionary,
-    save_dictionary,
-)
-from circuitflow.dictionaries.gradients import pre_activations
+from circuitflow.dictionaries.describing import CHECKPOINTS, LOG_FILE, describe, read_log
+from circuitflow.dictionaries.dictionary import WEIGHTS_FILE, Dictionary, save_dictionary
+from circuitflow.dictionaries.feeding import Feed
 from circuitflow.dictionaries.kinds import MADE, TRAINED, Data, Request, check_request
-from circuitflow.dictionaries.normalisation import Normalisation, measure_normalisation
+from circuitflow.dictionaries.normalisation import Normalisation
 from circuitflow.dictionaries.objective import Step
-from circuitflow.dictionaries.outliers import find_outliers
+from circuitflow.dictionaries.preparing import PREPARED_FILE, Prepared, prepare
+from circuitflow.dictionaries.reconstruction import quality
+from circuitflow.dictionaries.resampling import Resampling
 from circuitflow.dictionaries.rows import SiteRows, open_rows
-from circuitflow.dictionaries.selection import selection
-from circuitflow.dictionaries.settings import Training
+from circuitflow.dictionaries.settings import Settings
 from circuitflow.dictionaries.state import (
-    LOG_FILE,
     STATE_FILE,
     Interval,
     Termination,
     TrainingLog,
     load_state,
-    read_log,
     save_state,
 )
-from circuitflow.dictionaries.tensors import read_tensors, write_tensors
-from circuitflow.dictionaries.trainer import NonFiniteLossError, Schedule, Trainer, first_weights
+from circuitflow.dictionaries.trainer import NonFiniteError, Schedule, Trainer, first_weights
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
-from circuitflow.progress import logger
-from circuitflow.provenance import canonical_json, digest, file_digest
+from circuitflow.progress import logger, show_curves
+from circuitflow.provenance import canonical_json, digest
 from circuitflow.store.files import write_text
 from circuitflow.store.shuffle import ShuffledRows
+from circuitflow.tracking import Line, Run, follow
 
-PREPARED_FILE = "prepared.safetensors"
-CHECKPOINTS = "checkpoints"
 HELD_OUT_ROWS = 4096  # rows of the quick held-out measurement that the log follows
 LOG_LINES = 1000  # at most about this many steps of a long training are logged
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known of the rows before training starts."""
-
-    keep: np.ndarray
-    """(rows,) bool: training rows that are not outliers."""
-    skip: Skip
-    normalisation: Normalisation
-    facts: dict[str, float]
-    """Median norm and shares left out, for the manifest."""
 
 
 def train_dictionary(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. Train, or make, the dictionary of one site.
 
-    Inputs ``activations`` (store manifest) and, for kind decoder_only, ``weights``. Params ``site``,
-    ``settings`` (kind, d_dict, k, seed, training) and ``compute``. Writes ``weights.safetensors`` (its
-    presence says that the work is done), ``log.jsonl`` and ``checkpoints/step_N.safetensors``.
+    Input ``activations`` (store manifest). Params ``site``, ``settings``
+    (:func:`~circuitflow.dictionaries.settings.used_settings`), ``compute``, and ``tracking``
+    (:func:`~circuitflow.tracking.follow`), which shapes no result. Writes ``weights.safetensors`` (its presence says
+    that the work is done), ``log.jsonl`` and ``checkpoints/step_N.safetensors``.
 
     :raises UserError: settings that cannot be, no usable rows, or a loss that stops being finite.
     """
     rows = open_rows(inputs["activations"], params["site"])
-    request = _request(params, inputs.get("weights") or None, rows.width)
+    request = Request(params["site"], rows.width, Settings.of(params["settings"]))
     check_request(request)
     if not (out.folder / WEIGHTS_FILE).is_file():
-        recipe = digest(canonical_json([params, out.provenance]))
-        prepared = prepare(rows, request.training, out.folder, recipe)
-        device = torch.device(params["compute"]["device"])
-        if request.kind in MADE:
+        shaping = {name: value for name, value in params.items() if name != "tracking"}
+        recipe = digest(canonical_json([shaping, out.provenance]))
+        prepared = prepare(rows, request.settings.training, out.folder, recipe)
+        if request.settings.kind in MADE:
             _make(request, prepared, out.folder)
         else:
-            _Run(rows, request, prepared, out.folder, device, recipe).train()
+            training = _Training(rows, request, prepared, out.folder, params["compute"]["device"], recipe)
+            training.run(params.get("tracking"), params["settings"])
     for name in (STATE_FILE, PREPARED_FILE):
         (out.folder / name).unlink(missing_ok=True)
-    _describe(out)
+    describe(out)
 
 
-def prepare(rows: SiteRows, training: Training, folder: Path, recipe: str) -> Prepared:
-    """Outlier rule and normalisation of the training rows, kept in the folder for a resumed run of this recipe."""
-    path = folder / PREPARED_FILE
-    if not path.is_file() or (read_tensors(path)[1] or {}).get("recipe") != recipe:
-        found = find_outliers(rows, training.skip_positions, training.outlier_ratio)
-        normalisation = measure_normalisation(rows, found.keep)
-        tensors = {"keep": torch.from_numpy(found.keep), "mean": normalisation.mean}
-        facts = {
-            "max_norm": found.skip.max_norm,
-            "scale": normalisation.scale,
-            "median_norm": found.median_norm,
-            "share_left_out": found.share,
-            "share_left_out_by_norm": found.share_by_norm,
-            "recipe": recipe,
-        }
-        write_tensors(path, tensors, facts)
-    tensors, described = read_tensors(path)
-    assert described is not None
-    max_norm, scale, _ = (described.pop(key) for key in ("max_norm", "scale", "recipe"))
-    normalisation = Normalisation(torch.empty_like(tensors["mean"]).copy_(tensors["mean"]), scale)
-    return Prepared(
-        tensors["keep"].numpy(), Skip(training.skip_positions, max_norm), normalisation, described
-    )
-
-
-class _Run:
+class _Training:
     """One training run: data, trainer, log and state under one folder."""
 
     def __init__(
-        self,
-        rows: SiteRows,
-        request: Request,
-        prepared: Prepared,
-        folder: Path,
-        device: torch.device,
-        recipe: str,
+        self, rows: SiteRows, request: Request, prepared: Prepared, folder: Path, device: str, recipe: str
     ) -> None:
-        training = request.training
-        self._request, self._prepared, self._folder, self._device = request, prepared, folder, device
-        self._recipe = recipe
-        self._normalise = Normalisation(prepared.normalisation.mean.to(device), prepared.normalisation.scale)
-        self._batches = ShuffledRows(
+        settings, training = request.settings, request.settings.training
+        self._request, self._prepared, self._folder = request, prepared, folder
+        self._device, self._recipe, self._tokens = torch.device(device), recipe, 0
+        normalisation = prepared.normalisation
+        self._normalise = Normalisation(normalisation.mean.to(device), normalisation.scale)
+        batches = ShuffledRows(
             rows.store,
             [rows.site],
             batch=training.batch,
             buffer_rows=max(training.buffer_rows, training.batch),
-            seed=request.seed,
+            seed=settings.seed,
             keep=prepared.keep,
         )
-        self._steps = max(1, round(training.epochs * self._batches.batches_per_epoch))
+        self._steps = max(1, round(training.epochs * batches.batches_per_epoch))
         self._log_every = max(1, self._steps // LOG_LINES)
+        self._feed = Feed(batches, rows.site, self._device, self._steps)
         self._held_out = self._read_held_out(rows)
-        objective = TRAINED[request.kind](request)
-        weights = first_weights(objective, request.d_model, request.d_dict, request.seed, device)
-        schedule = Schedule(training.learning_rate, self._steps, training.warmup, training.decay)
-        self._trainer = Trainer(objective, weights, schedule, training.dead_after)
-        self._tokens = 0
+        self._trainer = _trainer(request, self._steps, self._device)
+        self._facts: dict[str, float] = {}
 
-    def train(self) -> None:
-        """Take the steps that are left, then write the finished weights."""
-        chosen = self._request.training.checkpoint_steps(self._steps)
-        interval = Interval()
-        with self._resume() as log, Termination() as termination:
-            while self._trainer.done < self._steps:
-                self._step(log)
-                if self._trainer.done in chosen:
-                    self._save(self._folder / CHECKPOINTS / f"step_{self._trainer.done}.safetensors")
-                if termination.asked or interval.due():
-                    self._save_state(log)
-                if termination.asked:
-                    self._end()
+    def run(self, tracking: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+        """Take the steps that are left, then write the finished weights.
+
+        :param settings: as the configuration has them, for those who track the run.
+        """
+        path = self._folder / LOG_FILE
+        show_curves(path)
+        told = Run(self._recipe[:16], self._request.site, settings)
+        with (
+            self._resume() as log,
+            follow(tracking, told, read_log(path)) as track,
+            Termination() as termination,
+        ):
+            try:
+                self._take_steps(log, track, termination)
+            finally:
+                self._feed.close()
         self._save(self._folder / WEIGHTS_FILE)
+
+    def _take_steps(self, log: TrainingLog, track: Callable[[Line], None], termination: Termination) -> None:
+        chosen = self._request.settings.training.checkpoint_steps(self._steps)
+        interval = Interval()
+        while self._trainer.done < self._steps:
+            line = self._step(log)
+            if line is not None:
+                log.write(line)
+                track(line)
+            if self._trainer.done in chosen:
+                self._save(self._folder / CHECKPOINTS / f"step_{self._trainer.done}.safetensors")
+            if termination.asked or interval.due():
+                self._save_state(log)
+            if termination.asked:
+                self._end()
 
     def _end(self) -> None:
         done = self._trainer.done
@@ -169,54 +136,50 @@ class _Run:
         )
         raise SystemExit(128 + signal.SIGTERM)
 
-    def _step(self, log: TrainingLog) -> None:
-        trainer, site = self._trainer, self._request.site
-        x = torch.from_numpy(self._batches.batch_at(trainer.done)[site]).to(self._device)
-        rate = trainer.schedule.at(trainer.done)
+    def _step(self, log: TrainingLog) -> dict[str, Any] | None:
+        """Take one step; its line for the log, if it is one of those that are logged."""
+        trainer, training = self._trainer, self._request.settings.training
+        x = self._normalise.apply(self._feed.at(trainer.done))
         try:
-            step = trainer.step(self._normalise.apply(x))
-        except NonFiniteLossError:
-            self._save_state(log)
-            raise UserError(
-                f"The loss at {site} stopped being finite at step {trainer.done + 1} of {self._steps}; lower "
-                f"dictionaries.training.learning_rate (the last good state is kept in {self._folder / STATE_FILE})."
-            ) from None
+            step = trainer.step(x)
+        except NonFiniteError as error:
+            if trainer.finite:  # else the state of before stays
+                self._save_state(log)
+            raise self._diverged(str(error), trainer.done + 1) from None
         self._tokens += x.shape[0]
-        evaluated = trainer.done % self._request.training.evaluate_every == 0 or trainer.done == self._steps
+        evaluated = trainer.done % training.evaluate_every == 0 or trainer.done == self._steps
+        line = None
         if evaluated or trainer.done % self._log_every == 0:
-            log.write(self._line(step, x.shape[0], rate, evaluated))
-        fvu = float(step.reconstruction)
-        progress(
-            "steps", trainer.done, self._steps, fvu=fvu, l0=step.active / x.shape[0], dead=trainer.dead_share
+            line = self._line(step, x.shape[0], evaluated)
+            self._facts = {name: line[name] for name in ("fvu", "l0", "dead")}
+        progress("steps", trainer.done, self._steps, **self._facts)
+        return line
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        path = self._folder / STATE_FILE
+        kept = f" (the last good state is kept in {path})" if path.is_file() else ""
+        return UserError(
+            f"The {what} at {self._request.site} stopped being finite at step {step} of {self._steps}; lower "
+            f"dictionaries.training.learning_rate, or set clip_norm{kept}."
         )
 
-    def _line(self, step: Step, batch: int, rate: float, evaluated: bool) -> dict[str, Any]:
-        """One line of the log: of this batch, except ``held_out`` (null between measurements) and ``dead``."""
+    def _line(self, step: Step, batch: int, evaluated: bool) -> dict[str, Any]:
+        """One line of the log: of this batch, except ``held_out``, null between measurements, and counts so far."""
+        trainer, taken = self._trainer, self._trainer.done - 1
         reconstruction, auxiliary = float(step.reconstruction), float(step.auxiliary)
         return {
-            "step": self._trainer.done,
+            "step": trainer.done,
             "tokens": self._tokens,
             "loss": reconstruction + auxiliary,
             "fvu": reconstruction,  # inputs have mean 0 and mean ‖x‖² = 1 over all training rows
             "l0": step.active / batch,
-            "dead": self._trainer.dead_share,
-            "auxk": auxiliary,
-            "lr": rate,
-            "held_out": self._measure() if evaluated else None,
-        }
-
-    def _measure(self) -> dict[str, float]:
-        """FVU, L0 and share of silent features on the held-out rows that the log follows."""
-        x, weights, objective = self._held_out, self._trainer.weights, self._trainer.objective
-        rule = objective.inference(weights, scale=1.0)
-        codes = selection(objective.select)(pre_activations(weights, x), rule.settings, rule.extra)
-        error = x - decode_codes(codes, weights["W_dec"]) - weights["b_dec"]
-        silent = torch.bincount(codes.features, minlength=codes.d_dict) == 0
-        variance = (x - x.mean(dim=0)).square().sum()
-        return {
-            "fvu": float(error.square().sum() / variance),
-            "l0": codes.nnz / codes.n,
-            "silent": float(silent.float().mean()),
+            "dead": trainer.dead_share,
+            "resampled": trainer.resampled,
+            "auxiliary": auxiliary,
+            "grad_norm": trainer.gradient_norm,
+            "lr": trainer.schedule.at(taken),
+            "sparsity": trainer.schedule.sparsity(taken),
+            "held_out": quality(trainer.objective, trainer.weights, self._held_out) if evaluated else None,
         }
 
     def _read_held_out(self, rows: SiteRows) -> Float[Tensor, "n d_model"]:
@@ -242,64 +205,54 @@ class _Run:
         return TrainingLog(self._folder / LOG_FILE, log_bytes)
 
     def _save_state(self, log: TrainingLog) -> None:
+        if not self._trainer.finite:
+            raise self._diverged("weights", self._trainer.done)
         tensors = {**self._trainer.state(), "tokens": torch.tensor(self._tokens)}
         save_state(self._folder, tensors, self._trainer.done, log, self._recipe)
 
     def _save(self, path: Path) -> None:
         """The dictionary as it stands, in raw units."""
-        request, objective, weights = self._request, self._trainer.objective, self._trainer.weights
-        folded = self._prepared.normalisation.fold(weights)
-        rule = objective.inference(weights, self._prepared.normalisation.scale)
+        if not self._trainer.finite:
+            raise self._diverged("weights", self._trainer.done)
+        request, objective = self._request, self._trainer.objective
+        done = objective.finish(self._trainer.weights)
+        normalisation = self._prepared.normalisation
         dictionary = Dictionary(
-            kind=request.kind,
+            kind=request.settings.kind,
             reads=(request.site,),
             writes=(request.site,),
             select=objective.select,
             skip=self._prepared.skip,
-            settings=rule.settings,
-            extra=rule.extra,
+            settings=done.settings,
+            extra={name: tensor.cpu() * normalisation.scale for name, tensor in done.extra.items()},
             notes={**self._prepared.facts, "step": self._trainer.done, "tokens": self._tokens},
-            **folded,
+            **normalisation.fold(done.weights),
         )
         save_dictionary(path, dictionary)
+
+
+def _trainer(request: Request, steps: int, device: torch.device) -> Trainer:
+    settings, training = request.settings, request.settings.training
+    objective = TRAINED[settings.kind](request)
+    schedule = Schedule(
+        training.learning_rate, steps, training.warmup, training.decay, training.sparsity_warmup
+    )
+    resampling = None
+    if training.resample_every is not None:
+        resampling = Resampling(training.resample_every, training.resample_until, settings.seed)
+    return Trainer(
+        objective,
+        first_weights(objective, request.d_model, settings.d_dict, settings.seed, device),
+        schedule,
+        training.dead_after,
+        clip_norm=training.clip_norm,
+        precision=training.precision,
+        resampling=resampling,
+    )
 
 
 def _make(request: Request, prepared: Prepared, folder: Path) -> None:
     """A dictionary that needs no training; its log is empty."""
     write_text(folder / LOG_FILE, "")
     data = Data(prepared.normalisation.mean, prepared.skip)
-    save_dictionary(folder / WEIGHTS_FILE, MADE[request.kind](request, data))
-
-
-def _request(params: Mapping[str, Any], weights: Path | None, d_model: int) -> Request:
-    settings = params["settings"]
-    return Request(
-        kind=settings["kind"],
-        site=params["site"],
-        d_model=d_model,
-        d_dict=settings["d_dict"],
-        k=settings["k"],
-        seed=settings["seed"],
-        training=Training.of(settings["training"]),
-        weights=weights,
-    )
-
-
-def _describe(out: Output) -> None:
-    """Content and details of the manifest."""
-    dictionary = load_dictionary(out.folder / WEIGHTS_FILE)
-    lines = read_log(out.folder / LOG_FILE)
-    out.content = digest(
-        canonical_json([file_digest(out.folder / name) for name in (WEIGHTS_FILE, LOG_FILE)])
-    )
-    out.details.update(
-        kind=dictionary.kind,
-        site=dictionary.reads[0],
-        d_model=dictionary.d_model,
-        d_dict=dictionary.d_dict,
-        settings=dict(dictionary.settings),
-        skip={"positions": list(dictionary.skip.positions), "max_norm": dictionary.skip.max_norm},
-        notes=dict(dictionary.notes),
-        last=lines[-1] if lines else None,
-        checkpoints=sorted(file.name for file in (out.folder / CHECKPOINTS).glob("step_*.safetensors")),
-    )
+    save_dictionary(folder / WEIGHTS_FILE, MADE[request.settings.kind](request, data))

@@ -156,8 +156,9 @@ def _kept_snapshot(source: Source) -> Path | None:
 
     try:
         return Path(snapshot_download(source["id"], revision=source["revision"], local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    except LocalEntryNotFoundError as error:
+        part = getattr(error, "snapshot_path", None)  # a repository of which only some files are here
+        return Path(part) if part else None
 
 
 def _snapshot(source: Source, patterns: list[str]) -> Path:

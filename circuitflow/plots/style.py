@@ -15,6 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from circuitflow.errors import UserError, nearest
 from circuitflow.features.tokens import visible
 from circuitflow.jobs import Output
+from circuitflow.plots.layout import settle
 from circuitflow.provenance import canonical_json
 from circuitflow.store.files import atomic_path
 
@@ -121,6 +122,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, out: Output, style: Style) -> None:
     """Write the outputs ``png`` and ``svg`` with the provenance inside and no trace of when or where."""
+    settle(figure, style.dpi)
     provenance = canonical_json(out.provenance)
     metadata = {
         "png": {"Software": None, "circuitflow": provenance},

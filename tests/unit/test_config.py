@@ -37,6 +37,8 @@ def test_ready_made_configurations_are_valid(file: str) -> None:
     assert config.sites
 
 
+STUDY = {"name": "kinds", "site": "resid.12", "seeds": [0, 1], "variants": [{"kind": "topk", "k": [16, 32]}]}
+
 MISTAKES = [
     (put("colour", 1), "Unknown key colour;"),
     (put("dictionaries/kk", 3), "Unknown key dictionaries.kk; did you mean 'k'?"),
@@ -72,7 +74,36 @@ MISTAKES = [
     (put("corpus/sources/0/token", 1), "Unknown key corpus.sources.0.token; did you mean 'tokens'?"),
     (put("corpus/sources", [{"kind": "files", "glob": "nowhere/*.txt", "tokens": 5}]), "matches no file"),
     (put("activations/shard_rows", 1000), "not a multiple of corpus.block (128); try 896"),
-    (put("dictionaries/kind", "decoder_only"), "Key dictionaries.weights is missing"),
+    (put("dictionaries/kind", "pretrained"), "Key dictionaries.source is missing for resid.6"),
+    (
+        put("dictionaries/source", {"format": "sae_lense", "path": "x"}),
+        "Key dictionaries.source.format is sae_lense; did you mean 'sae_lens'?",
+    ),
+    (
+        put("dictionaries/training/skip_positions", [0, 128]),
+        "has 128, but a block has 128 positions, 0 to 127",
+    ),
+    (put("dictionaries/source", {"format": "sae_lens"}), "a path on disk, or the id of a hub repository"),
+    (put("dictionaries/source", {"format": "sae_lens", "id": "a/b"}), "id and revision"),
+    (
+        put("dictionaries/source", {"format": "sparsify", "path": "config.yam"}),
+        "Key dictionaries.source.path names config.yam, which does not exist; did you mean 'config.yaml'?",
+    ),
+    (
+        lambda config: config["dictionaries"].update(kind="matryoshka", prefixes=[0.5, 0.25]),
+        "in ascending order that end with 1.0",
+    ),
+    (put("study", {**STUDY, "site": "resid.13"}), "Key study.site is resid.13, which is not in sites"),
+    (put("study", {**STUDY, "name": "topk-32"}), "the name of the dictionaries too"),
+    (
+        put("study", {**STUDY, "variants": [{"kind": "topk", "kk": [1]}]}),
+        "Unknown key study.variants.0.kk; did you mean 'k'?",
+    ),
+    (put("study", {**STUDY, "variants": [{"k": []}]}), "Key study.variants.0 has an empty list of values"),
+    (
+        put("study", {**STUDY, "variants": [{"k": [16, 5000]}]}),
+        "for variant topk-k5000-seed0, more than its d_dict",
+    ),
     (lambda config: config.pop("task"), "Key task is missing"),
     (put("recompute", "train_dict"), "Key recompute names train_dict, which is not a stage; did you mean"),
     (put("plots/palette", {"positve": "red"}), "did you mean 'positive'?"),
@@ -122,6 +153,30 @@ def test_overrides_change_one_site_and_keep_the_rest() -> None:
     assert parsed.dictionary("resid.12").training.epochs == 2.0
     assert parsed.dictionary("resid.12").training.batch == 1024
     assert parsed.dictionary("resid.6").k == 32
+
+
+def test_a_study_has_a_variant_for_each_combination_and_seed() -> None:
+    config = copy.deepcopy(DEFAULT)
+    relu = {"kind": "relu", "penalty": 0.03, "seed": 5}
+    config["study"] = {**STUDY, "variants": [*STUDY["variants"], relu]}
+    config["dictionaries"]["overrides"] = {"resid.12": {"d_dict": 1152}}
+    variants = parse_config(config).variants()
+    topk = [f"topk-{k}-seed{seed}" for seed in (0, 1) for k in ("k16", "k32")]
+    assert list(variants) == [*topk, "relu-p0.03-seed5"]
+    assert variants["topk-k16-seed1"].k == 16
+    assert variants["topk-k16-seed1"].seed == 1
+    assert variants["relu-p0.03-seed5"].penalty == 0.03
+    assert {variant.d_dict for variant in variants.values()} == {1152}  # what else the site's dictionary has
+    assert parse_config(DEFAULT).model_copy(update={"study": None}).variants() == {}
+
+
+def test_lists_that_are_one_value_and_keys_of_training_make_labels_too() -> None:
+    config = copy.deepcopy(DEFAULT)
+    variant = {"kind": "matryoshka", "prefixes": [0.25, 1.0], "training": {"epochs": [1.0, 2.5]}}
+    config["study"] = {**STUDY, "seeds": [3], "variants": [variant]}
+    variants = parse_config(config).variants()
+    assert list(variants) == [f"matryoshka-prefixes0.25_1.0-epochs{value}-seed3" for value in ("1", "2.5")]
+    assert variants["matryoshka-prefixes0.25_1.0-epochs2.5-seed3"].training.epochs == 2.5
 
 
 def test_the_schema_for_editors_is_current() -> None:

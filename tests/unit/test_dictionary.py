@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from circuitflow.dictionaries.dictionary import Dictionary, Skip, load_dictionary, save_dictionary
+from circuitflow.dictionaries.tensors import write_tensors
 from circuitflow.errors import UserError
 from circuitflow.store.objects import Manifest
 
@@ -133,11 +134,72 @@ def test_loads_by_manifest(tmp_path: Path):
     assert load_dictionary(manifest).d_dict == 20
 
 
-def test_decoder_only_has_no_codes(tmp_path: Path):
-    dictionary = replace(some(), kind="decoder_only", W_enc=None)
+def test_a_decoder_alone_has_no_codes(tmp_path: Path):
+    dictionary = replace(some(), kind="pretrained", W_enc=None)
     save_dictionary(tmp_path / "d.safetensors", dictionary)
-    with pytest.raises(UserError, match=r"'decoder_only' at resid\.3 has no encoder"):
-        load_dictionary(tmp_path / "d.safetensors").encode(*vectors())
+    loaded = load_dictionary(tmp_path / "d.safetensors", width=6)
+    assert (loaded.d_in, loaded.d_model) == (6, 6)
+    with pytest.raises(UserError, match=r"'pretrained' at resid\.3 has no encoder"):
+        loaded.encode(*vectors())
+
+
+def transcoder(d_in: int = 6, d_out: int = 4) -> Dictionary:
+    """Reads mlp_in.3, six wide, and writes mlp.3, four wide."""
+    draw = torch.Generator().manual_seed(4)
+    skip = torch.randn(d_out, d_in, generator=draw, dtype=torch.float64)
+    wide = some(d_model=d_in)
+    narrow = some(d_model=d_out)
+    return replace(
+        wide, reads=("mlp_in.3",), writes=("mlp.3",), W_dec=narrow.W_dec, b_dec=narrow.b_dec, W_skip=skip
+    )
+
+
+def test_a_skip_connection_passes_the_input_on():
+    rows, skip = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0]])
+    dictionary = Dictionary(
+        "topk", ("mlp_in.3",), ("mlp.3",), "topk", rows, torch.zeros(2), torch.tensor([[10.0], [1.0]]),
+        torch.tensor([0.5]), Skip((0,)), {"k": 1}, W_skip=skip,
+    )  # fmt: skip
+    x = torch.tensor([[3.0, 2.0], [3.0, 2.0]])
+    codes = dictionary.encode(x, torch.tensor([1, 0]))
+    # 3·10 + 0.5 + 2·2; the second is skipped: its features are 0, its input is passed on all the same
+    assert dictionary.decode(codes, x).tolist() == [[34.5], [4.5]]
+    written = torch.tensor([[40.0], [4.0]])
+    assert dictionary.error(x, codes, written).tolist() == [[5.5], [-0.5]]
+
+
+def test_a_skip_connection_needs_the_input_and_a_transcoder_what_it_writes():
+    dictionary, (x, positions) = transcoder(), vectors()
+    codes = dictionary.encode(x, positions)
+    with pytest.raises(ValueError, match=r"at mlp_in\.3 has a skip connection: decode needs x"):
+        dictionary.decode(codes)
+    with pytest.raises(ValueError, match=r"writes mlp\.3: error needs what is there"):
+        dictionary.error(x, codes)
+    without = replace(dictionary, W_skip=None)
+    assert torch.equal(without.decode(codes), without.decode(codes, x))
+    torch.testing.assert_close(dictionary.decode(codes, x) - without.decode(codes), x @ dictionary.W_skip.T)
+
+
+def test_an_sae_with_a_skip_connection_has_an_error_by_itself():
+    skip = 0.5 * torch.eye(6, dtype=torch.float64)
+    dictionary, (x, positions) = replace(some(), W_skip=skip), vectors()
+    codes = dictionary.encode(x, positions)
+    plain = replace(dictionary, W_skip=None)
+    torch.testing.assert_close(dictionary.error(x, codes), plain.error(x, codes) - 0.5 * x)
+
+
+def test_a_transcoder_is_saved_and_its_shapes_are_checked(tmp_path: Path):
+    save_dictionary(tmp_path / "d.safetensors", transcoder())
+    loaded = load_dictionary(tmp_path / "d.safetensors", width=6)
+    assert (loaded.reads, loaded.writes) == (("mlp_in.3",), ("mlp.3",))
+    assert (loaded.d_in, loaded.d_model, loaded.d_dict, dict(loaded.extra)) == (6, 4, 20, {})
+    assert torch.equal(loaded.W_skip, transcoder().W_skip)
+    assert loaded.to(torch.float32).W_skip.dtype == torch.float32
+    with pytest.raises(UserError, match="6 wide but the site is 4 wide"):
+        load_dictionary(tmp_path / "d.safetensors", width=4)
+    save_dictionary(tmp_path / "turned.safetensors", replace(transcoder(), W_skip=transcoder().W_skip.T))
+    with pytest.raises(UserError, match=r"W_skip has shape \(6, 4\), expected \(4, 6\)"):
+        load_dictionary(tmp_path / "turned.safetensors")
 
 
 def test_another_width_is_one_sentence(tmp_path: Path):
@@ -167,5 +229,8 @@ def test_missing_damaged_and_foreign_files(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         load_dictionary(tmp_path / "torn.safetensors")
     save_file({"W_dec": torch.zeros(2, 2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match="not a circuitflow dictionary"):
-        load_dictionary(tmp_path / "foreign.safetensors")
+    tensors = {name: torch.zeros(2, 2) for name in ("b_enc", "W_dec", "b_dec")}
+    write_tensors(tmp_path / "state.safetensors", tensors, {"done": 3})
+    for name in ("foreign", "state"):
+        with pytest.raises(UserError, match="not a circuitflow dictionary"):
+            load_dictionary(tmp_path / f"{name}.safetensors")

@@ -1,108 +1,93 @@
-"""Kinds of dictionary: what is made without training, and the gradients of what is trained."""
+"""Kinds of dictionary: the settings they take and refuse, what is made without training, where training starts."""
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from circuitflow.dictionaries.codes import decode_codes
+from circuitflow.dictionaries.batchtopk import BatchTopK
 from circuitflow.dictionaries.dictionary import NO_SKIP, Skip
-from circuitflow.dictionaries.gradients import decode_with_pull, pre_activations
+from circuitflow.dictionaries.gradients import pre_activations
+from circuitflow.dictionaries.jumprelu import JumpReLU
 from circuitflow.dictionaries.kinds import MADE, TRAINED, Data, Request, check_request
-from circuitflow.dictionaries.objective import Context
-from circuitflow.dictionaries.selection import largest, selection
-from circuitflow.dictionaries.settings import Training
-from circuitflow.dictionaries.topk import AuxK, TopK
+from circuitflow.dictionaries.selection import SELECTIONS, selection
+from circuitflow.dictionaries.settings import USED, Settings, used_settings
+from circuitflow.dictionaries.topk import TopK
+from circuitflow.dictionaries.trainer import first_weights
 from circuitflow.errors import UserError
 
-TRAINING = Training(
-    epochs=1.0, batch=8, learning_rate=1e-3, warmup=0.1, decay=0.2, auxk_weight=0.5, auxk=None, dead_after=100,
-    outlier_ratio=5.0, skip_positions=(0,), buffer_rows=64, checkpoints=(), evaluate_every=1,
-)  # fmt: skip
-REQUEST = Request("topk", "resid.1", d_model=6, d_dict=10, k=2, seed=0, training=TRAINING)
 DATA = Data(torch.arange(6.0), Skip((0,), 50.0))
+EVERY = {
+    "d_dict": 10, "k": 2, "seed": 0, "penalty": None, "target_l0": None, "bandwidth": None, "first_threshold": None,
+    "prefixes": [0.5, 1.0], "source": None,
+    "training": {
+        "epochs": 2.0, "auxk_weight": 0.5, "auxk": None, "k_start": 8, "k_anneal": 0.5, "sparsity_warmup": 0.1,
+    },
+}  # fmt: skip
+"""Values of every key of the section, as a configuration has them."""
 
 
-def weights(d_model: int = 5, d_dict: int = 12) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    shapes = {"W_enc": (d_dict, d_model), "b_enc": (d_dict,), "W_dec": (d_dict, d_model), "b_dec": (d_model,)}
-    return {name: torch.randn(*shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+def request(kind: str, d_model: int = 6, training: dict[str, Any] | None = None, **changes: Any) -> Request:
+    values = {**EVERY, "kind": kind, **changes}
+    values["training"] = {**EVERY["training"], **(training or {})}
+    return Request("resid.1", d_model, Settings.of(used_settings(values)))
 
 
-def batch(n: int = 16, d_model: int = 5) -> torch.Tensor:
-    return torch.randn(n, d_model, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+def test_every_kind_can_be_asked_for_and_ends_in_a_selection_rule():
+    assert {*TRAINED, *MADE, "pretrained"} == set(USED)
+    for kind, make in TRAINED.items():
+        check_request(request(kind))
+        assert make(request(kind)).select in SELECTIONS
+    for kind, make in MADE.items():
+        check_request(request(kind))
+        assert make(request(kind), DATA).select in SELECTIONS
 
 
-def dense_topk(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest of each row where positive, as a dense differentiable matrix."""
-    kept = torch.zeros_like(pre).scatter(1, pre.topk(min(k, pre.shape[1]), dim=1).indices, 1.0)
-    return torch.relu(pre) * kept
+def test_only_the_settings_of_a_kind_reach_it():
+    used = used_settings({**EVERY, "kind": "gated"})
+    assert set(used) == {"kind", "d_dict", "seed", "penalty", "training"}
+    assert used["training"] == {"epochs": 2.0, "sparsity_warmup": 0.1}
+    assert set(used_settings({**EVERY, "kind": "matryoshka"})["training"]) == set(EVERY["training"]) - {
+        "sparsity_warmup"
+    }
+    with pytest.raises(UserError, match="did you mean 'jumprelu'"):
+        used_settings({**EVERY, "kind": "jumprelus"})
 
 
-def dense_loss(
-    w: dict[str, torch.Tensor], x: torch.Tensor, k: int, aux: AuxK, dead: torch.Tensor
-) -> torch.Tensor:
-    """The same loss written densely, for autograd."""
-    pre = x @ w["W_enc"].T + w["b_enc"]
-    error = x - dense_topk(pre, k) @ w["W_dec"] - w["b_dec"]
-    loss = error.square().sum() / x.shape[0]
-    if dead.any():
-        target = error.detach()
-        left = target - dense_topk(pre[:, dead], aux.k) @ w["W_dec"][dead]
-        loss = loss + aux.weight * left.square().sum() / target.square().sum()
-    return loss
+def test_settings_become_objectives():
+    topk = TRAINED["topk"](request("topk"))
+    assert isinstance(topk, TopK)
+    assert (topk.k, topk.k_start, topk.k_anneal, topk.aux.k, topk.aux.weight) == (2, 8, 0.5, 3, 0.5)
+    batch = TRAINED["batchtopk"](request("batchtopk", training={"auxk": 5}))
+    assert isinstance(batch, BatchTopK)
+    assert (batch.k, batch.shares, batch.k_start, batch.aux.k) == (2, (1.0,), 8, 5)
+    nested = TRAINED["matryoshka"](request("matryoshka"))
+    assert nested == replace(batch, shares=(0.5, 1.0), aux=topk.aux)
+    own = {"penalty": 0.7, "target_l0": 4.0, "bandwidth": 0.3, "first_threshold": 0.2}
+    assert TRAINED["jumprelu"](request("jumprelu", **own)) == JumpReLU(0.7, 0.3, 0.2, 4.0)
+    for kind in ("relu", "gated"):
+        assert TRAINED[kind](request(kind, penalty=0.7)).penalty == 0.7
 
 
-@pytest.mark.parametrize("n_dead", [0, 1, 5])
-def test_topk_gradients_are_those_of_autograd(n_dead):
-    w, x, aux = weights(), batch(), AuxK(k=2, weight=0.5)
-    dead = torch.arange(12) < n_dead
-    step = TopK(3, aux).step(w, x, Context(dead, 0.0))
-    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in w.items()}
-    loss = dense_loss(leaves, x, 3, aux, dead)
-    loss.backward()
-    torch.testing.assert_close(step.reconstruction + step.auxiliary, loss.detach(), rtol=1e-12, atol=0)
-    assert (float(step.auxiliary) > 0) == (n_dead > 0)
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(step.gradients[name], leaf.grad, rtol=1e-10, atol=1e-12)
+def test_a_penalty_that_aims_at_an_l0_has_a_default_of_its_own():
+    plain, aiming = (TRAINED["jumprelu"](request("jumprelu", target_l0=target)) for target in (None, 4.0))
+    assert aiming.penalty > 100 * plain.penalty
 
 
-def test_topk_gradient_is_that_of_finite_differences():
-    w, x, objective = weights(), batch(), TopK(3, AuxK(2, 0.0))
-    nobody = Context(torch.zeros(12, dtype=torch.bool), 0.0)
-    step = objective.step(w, x, nobody)
-    for name, place in (("W_enc", (4, 2)), ("b_enc", (4,)), ("W_dec", (7, 1)), ("b_dec", (3,))):
-        losses = []
-        for move in (1e-6, -1e-6):
-            moved = {**w, name: w[name].clone()}
-            moved[name][place] += move
-            losses.append(float(objective.step(moved, x, nobody).reconstruction))
-        assert float(step.gradients[name][place]) == pytest.approx(
-            (losses[0] - losses[1]) / 2e-6, rel=1e-5, abs=1e-8
-        )
-
-
-def test_step_reports_what_fired():
-    w, x = weights(), batch()
-    step = TopK(3, AuxK(2, 0.0)).step(w, x, Context(torch.zeros(12, dtype=torch.bool), 0.0))
-    dense = dense_topk(pre_activations(w, x), 3)
-    assert torch.equal(step.fired, (dense > 0).any(dim=0))
-    assert step.active == int((dense > 0).sum())
-
-
-def test_pull_of_nothing_is_nothing():
-    w = weights()
-    codes = largest(-torch.ones(3, 12, dtype=torch.float64), 2)
-    decoded, pull = decode_with_pull(codes, w["W_dec"])
-    assert torch.equal(decoded, torch.zeros(3, 5, dtype=torch.float64))
-    assert pull(torch.ones_like(decoded)).shape == (0,)
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+@pytest.mark.parametrize(("d_model", "d_dict"), [(64, 512), (400, 3200)])
+def test_thresholds_and_biases_start_with_about_32_active_features(kind, d_model, d_dict):
+    objective = TRAINED[kind](request(kind, d_model=d_model, d_dict=d_dict))
+    weights = first_weights(objective, d_model, d_dict, seed=0)
+    x = torch.randn(200, d_model, generator=torch.Generator().manual_seed(1)) / d_model**0.5
+    done = objective.finish(weights)
+    codes = selection(objective.select)(pre_activations(done.weights, x), done.settings, done.extra)
+    assert 24 < codes.nnz / 200 < 40
 
 
 def test_identity_is_exact_everywhere():
-    dictionary = MADE["identity"](replace(REQUEST, kind="identity"), DATA)
+    dictionary = MADE["identity"](request("identity"), DATA)
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     x[2, 3] = 0.0
     x[4] *= 1e6
@@ -114,72 +99,63 @@ def test_identity_is_exact_everywhere():
 
 
 def test_random_has_unit_rows_centred_on_the_data():
-    dictionary = MADE["random"](replace(REQUEST, kind="random"), DATA)
+    dictionary = MADE["random"](request("random"), DATA)
     torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(10))
+    assert dictionary.W_enc is not None
     assert torch.equal(dictionary.W_enc, dictionary.W_dec)
     assert dictionary.skip == DATA.skip
     along = DATA.mean + 2 * dictionary.W_dec[4]
     codes = dictionary.encode(along[None], torch.tensor([1]))
     assert codes.columns(torch.tensor([4])).item() == pytest.approx(2.0, abs=1e-5)
-    assert torch.equal(MADE["random"](REQUEST, DATA).W_dec, dictionary.W_dec)
-    assert not torch.equal(MADE["random"](replace(REQUEST, seed=1), DATA).W_dec, dictionary.W_dec)
+    assert torch.equal(MADE["random"](request("random"), DATA).W_dec, dictionary.W_dec)
+    assert not torch.equal(MADE["random"](request("random", seed=1), DATA).W_dec, dictionary.W_dec)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "tensor.pt", "dict.pt"])
-def test_decoder_only_reads_a_bare_decoder(tmp_path: Path, kind: str):
-    rows = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
-    path = tmp_path / f"decoder.{kind}"
-    if kind == "safetensors":
-        save_file({"W_dec": rows}, path)
-    else:
-        torch.save(rows if kind == "tensor.pt" else {"W_dec": rows}, path)
-    dictionary = MADE["decoder_only"](replace(REQUEST, kind="decoder_only", weights=path), DATA)
-    assert torch.equal(dictionary.W_dec, rows)
-    assert dictionary.W_enc is None
-    assert (dictionary.d_dict, dictionary.b_dec.tolist()) == (7, [0.0] * 6)
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "random"])
+def test_impossible_k(kind):
+    for k in (0, 11):
+        with pytest.raises(UserError, match=f"k is {k}; choose a number from 1 to d_dict, which is 10"):
+            check_request(request(kind, k=k))
+    if kind != "random":
+        for start in (1, 11):
+            with pytest.raises(
+                UserError, match=f"k_start is {start}; .* from k, which is 2, to d_dict, which is 10"
+            ):
+                check_request(request(kind, training={"k_start": start}))
 
 
-def test_decoder_files_that_cannot_be(tmp_path: Path):
-    make, request = MADE["decoder_only"], replace(REQUEST, kind="decoder_only")
-    with pytest.raises(UserError, match="needs key weights"):
-        make(request, DATA)
-    save_file({"W_dec": torch.zeros(7, 5)}, tmp_path / "narrow.safetensors")
-    with pytest.raises(UserError, match=r"shape \(7, 5\), expected \(d_dict, 6\) for resid\.1"):
-        make(replace(request, weights=tmp_path / "narrow.safetensors"), DATA)
-    save_file({"decoder": torch.zeros(7, 6)}, tmp_path / "named.safetensors")
-    with pytest.raises(UserError, match=r"has no tensor W_dec \(it has decoder\)"):
-        make(replace(request, weights=tmp_path / "named.safetensors"), DATA)
-    (tmp_path / "text.pt").write_text("not tensors")
-    with pytest.raises(UserError, match="cannot be read as a file of tensors"):
-        make(replace(request, weights=tmp_path / "text.pt"), DATA)
+@pytest.mark.parametrize("prefixes", [[], [0.0, 1.0], [0.5], [1.0, 0.5], [0.5, 0.5, 1.0], [0.5, 1.0, 2.0]])
+def test_impossible_prefixes(prefixes):
+    with pytest.raises(UserError, match=r"prefixes is \[.*ascending order, above 0, that end with 1\.0"):
+        check_request(request("matryoshka", prefixes=prefixes))
 
 
-def test_pickled_code_is_not_run(tmp_path: Path):
-    np.save(tmp_path / "x.npy", np.zeros(1))
-
-    class Evil:
-        def __reduce__(self):
-            return (Path.unlink, (tmp_path / "x.npy",))
-
-    torch.save({"W_dec": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="cannot be read"):
-        MADE["decoder_only"](replace(REQUEST, weights=tmp_path / "evil.pt"), DATA)
-    assert (tmp_path / "x.npy").exists()
+def test_prefixes_of_the_same_number_of_features():
+    with pytest.raises(UserError, match="prefixes of 5, 5, 10 features: each needs more than the one before"):
+        check_request(request("matryoshka", prefixes=[0.5, 0.52, 1.0]))
+    check_request(request("batchtopk", prefixes=[0.5, 0.52, 1.0]))
 
 
-def test_unknown_names_and_impossible_k():
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("relu", "penalty"), ("gated", "penalty"), ("jumprelu", "penalty"), ("jumprelu", "target_l0"),
+     ("jumprelu", "bandwidth"), ("jumprelu", "first_threshold")],
+)  # fmt: skip
+def test_numbers_that_must_be_positive(kind, key):
+    for value in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=f"{key} is {value}; choose a number above 0, or null"):
+            check_request(request(kind, **{key: value}))
+
+
+def test_impossible_target_and_size():
+    with pytest.raises(UserError, match=r"target_l0 is 10\.5, more than d_dict, which is 10"):
+        check_request(request("jumprelu", target_l0=10.5))
+    with pytest.raises(UserError, match="d_dict is 0; choose the number of features"):
+        check_request(request("relu", d_dict=0))
+
+
+def test_unknown_names():
     with pytest.raises(UserError, match="did you mean 'topk'"):
-        check_request(replace(REQUEST, kind="topkk"))
-    with pytest.raises(UserError, match="k is 11; choose a number from 1 to d_dict, which is 10"):
-        check_request(replace(REQUEST, k=11))
+        check_request(Request("resid.1", 6, replace(request("topk").settings, kind="topkk")))
     with pytest.raises(UserError, match="did you mean 'topk'"):
         selection("top_k")
-    for kind in (*TRAINED, *MADE):
-        check_request(replace(REQUEST, kind=kind))
-
-
-def test_decode_of_selected_codes_is_dense_decode():
-    w, x = weights(), batch()
-    pre = pre_activations(w, x)
-    decoded = decode_codes(largest(pre, 4), w["W_dec"])
-    torch.testing.assert_close(decoded, dense_topk(pre, 4) @ w["W_dec"], rtol=1e-12, atol=1e-12)

@@ -4,25 +4,34 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from circuitflow.dictionaries.describing import read_log
 from circuitflow.dictionaries.dictionary import load_dictionary
+from circuitflow.dictionaries.feeding import Feed
+from circuitflow.dictionaries.kinds import TRAINED
+from circuitflow.dictionaries.rows import open_rows
 from circuitflow.dictionaries.settings import Training
-from circuitflow.dictionaries.state import STATE_FILE, TrainingLog, read_log
+from circuitflow.dictionaries.state import STATE_FILE, TrainingLog
 from circuitflow.dictionaries.tensors import read_tensors, write_tensors
-from circuitflow.dictionaries.trainer import Schedule
+from circuitflow.dictionaries.trainer import Schedule, Trainer
 from circuitflow.errors import UserError
+from circuitflow.store.shuffle import ShuffledRows
 from tests.fixtures.activation_store import SITE, planted, with_sinks, write_store
-from tests.fixtures.training_process import TRAINING, params, start, train
+from tests.fixtures.training_process import TRAINING, params, start, steps_done, train
 
-KEYS = ["auxk", "dead", "fvu", "held_out", "l0", "loss", "lr", "step", "tokens"]
-LONG = {"epochs": 40.0, "checkpoints": [0.1, 0.5]}  # about 1,200 steps of a millisecond
+KEYS = [
+    "auxiliary", "dead", "fvu", "grad_norm", "held_out", "l0", "loss", "lr", "resampled", "sparsity", "step", "tokens"
+]  # fmt: skip
+LONG = {"epochs": 30.0, "checkpoints": [0.1, 0.5]}  # about 900 steps of a millisecond
 N = 2048
 
 
@@ -49,13 +58,8 @@ def without_torn_files(found: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.endswith(".tmp")}
 
 
-def steps_done(folder: Path) -> int:
-    path = folder / STATE_FILE
-    return int((read_tensors(path)[1] or {})["done"]) if path.is_file() else 0
-
-
 def test_recovers_a_planted_orthogonal_dictionary(tmp_path: Path):
-    x, rows = planted(6000, 24, 24, 2, seed=1, orthogonal=True)
+    x, rows = planted(3200, 24, 24, 2, seed=1, orthogonal=True)
     manifest = write_store(tmp_path, "activations", {SITE: with_sinks(x)}, [3, 50])
     wanted = params(d_dict=48, k=3, epochs=30.0, dead_after=3000)
     train(manifest, tmp_path / "run", wanted)
@@ -92,7 +96,7 @@ def test_log_has_fixed_keys_and_no_times(finished: Path):
     assert measured[-1]["held_out"]["fvu"] < measured[0]["held_out"]["fvu"]
     assert lines[0]["lr"] < max(line["lr"] for line in lines) == pytest.approx(3e-3)
     kept = N - 48 - 125 - 1
-    assert lines[-1]["tokens"] == 40 * kept  # whole epochs, every kept row once in each
+    assert lines[-1]["tokens"] == 30 * kept  # whole epochs, every kept row once in each
 
 
 def test_checkpoints_are_dictionaries_of_their_step(finished: Path):
@@ -103,10 +107,10 @@ def test_checkpoints_are_dictionaries_of_their_step(finished: Path):
         assert load_dictionary(finished / "checkpoints" / name).notes["step"] == int(name[5:-12])
 
 
-def test_a_run_killed_at_random_moments_equals_one_never_killed(manifest, finished, tmp_path):
-    wanted, folder, moments = params(**LONG), tmp_path / "killed", random.Random(5)
-    resumed_at = []
-    for _ in range(5):
+def kill_and_resume(manifest: Path, folder: Path, wanted: dict[str, Any], kills: int, seed: int) -> None:
+    """Run until a state is written, kill, run again …, and at last to the end."""
+    moments, resumed_at = random.Random(seed), []
+    for _ in range(kills):
         before = steps_done(folder)
         process = start(manifest, folder, wanted, interval=0.05)
         while steps_done(folder) <= before and process.is_alive():
@@ -121,7 +125,21 @@ def test_a_run_killed_at_random_moments_equals_one_never_killed(manifest, finish
     process = start(manifest, folder, wanted, interval=0.05)
     process.join()
     assert process.exitcode == 0
-    assert without_torn_files(files(folder)) == files(finished)
+
+
+def test_a_run_killed_at_random_moments_equals_one_never_killed(manifest, finished, tmp_path):
+    kill_and_resume(manifest, tmp_path / "killed", params(**LONG), kills=4, seed=5)
+    assert without_torn_files(files(tmp_path / "killed")) == files(finished)
+
+
+@pytest.mark.parametrize("kind", sorted({"batchtopk", "jumprelu"} & set(TRAINED)))
+def test_killed_with_thresholds_and_resampling(manifest, tmp_path, kind):
+    changes = {"dead_after": 40, "resample_every": 25, "resample_until": 0.7, "clip_norm": 0.5}
+    wanted = params(kind, d_dict=64, **{**LONG, **changes, "epochs": 12.0})
+    train(manifest, tmp_path / "whole", wanted)
+    assert read_log(tmp_path / "whole" / "log.jsonl")[-1]["resampled"] > 0
+    kill_and_resume(manifest, tmp_path / "killed", wanted, kills=1, seed=6)
+    assert without_torn_files(files(tmp_path / "killed")) == files(tmp_path / "whole")
 
 
 def test_sigterm_saves_the_state_and_ends_at_once(manifest, finished, tmp_path, capfd):
@@ -171,8 +189,6 @@ def interrupted(manifest: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_resumed_run_takes_only_the_steps_that_are_left(manifest, tmp_path, monkeypatch):
-    from circuitflow.dictionaries.trainer import Trainer
-
     assert interrupted(manifest, tmp_path / "run", monkeypatch) == 30
     taken, step = [], Trainer.step
 
@@ -205,14 +221,97 @@ def test_another_seed_gives_other_weights(manifest, tmp_path):
     assert runs[0].content != runs[1].content
 
 
-def test_a_loss_that_is_not_finite_ends_with_one_sentence_and_the_last_good_state(manifest, tmp_path):
-    with (
-        np.errstate(all="ignore"),
-        pytest.raises(UserError, match=r"stopped being finite at step \d+ of .* lower"),
+class TestNotFinite:
+    """A loss or gradient that stops being finite."""
+
+    WILD: ClassVar[dict[str, Any]] = {"learning_rate": 1e30, "warmup": 0.0, "auxk_weight": 0.0}
+
+    def diverge(self, manifest: Path, folder: Path, **training: Any) -> str:
+        with np.errstate(all="ignore"), pytest.raises(UserError) as failed:
+            train(manifest, folder, params(**{**self.WILD, **training}))
+        return str(failed.value)
+
+    def test_ends_with_one_sentence_and_the_last_good_state(self, manifest, tmp_path):
+        sentence = self.diverge(manifest, tmp_path)
+        path = tmp_path / STATE_FILE
+        assert re.fullmatch(
+            r"The loss at resid\.1 stopped being finite at step 2 of \d+; lower dictionaries\.training\.learning_rate, "
+            rf"or set clip_norm \(the last good state is kept in {path}\)\.",
+            sentence,
+        )
+        state = read_tensors(path)[0]
+        assert all(tensor.isfinite().all() for name, tensor in state.items() if name.startswith("weights."))
+        assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1]
+        assert not (tmp_path / "weights.safetensors").exists()
+
+    def test_a_gradient_is_named(self, manifest, tmp_path, monkeypatch):
+        from circuitflow.dictionaries.topk import TopK
+
+        step = TopK.step
+
+        def spoiled(self, weights, x, context):
+            result = step(self, weights, x, context)
+            if context.done > 0.1:
+                result.gradients["b_dec"][0] = float("inf")
+            return result
+
+        monkeypatch.setattr(TopK, "step", spoiled)
+        with pytest.raises(UserError, match=r"^The gradient at resid\.1 stopped being finite at step"):
+            train(manifest, tmp_path, params())
+        assert torch.isfinite(read_tensors(tmp_path / STATE_FILE)[0]["weights.b_dec"]).all()
+
+    def test_the_same_settings_say_so_again_without_a_step(self, manifest, tmp_path, monkeypatch):
+        sentence = self.diverge(manifest, tmp_path)
+        kept = files(tmp_path)
+        updates = []
+        monkeypatch.setattr(Trainer, "_update", lambda self, gradients: updates.append(self.done))
+        assert self.diverge(manifest, tmp_path) == sentence
+        assert updates == []
+        assert files(tmp_path) == kept
+
+    def test_a_lower_learning_rate_starts_afresh(self, manifest, tmp_path, caplog):
+        self.diverge(manifest, tmp_path / "run")
+        train(manifest, tmp_path / "run", params())
+        assert "belongs to other settings" in caplog.text
+        train(manifest, tmp_path / "whole", params())
+        assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+    @pytest.mark.parametrize(
+        ("name", "place", "sentence"),
+        [
+            ("b_dec", (0,), r"The loss at .* at step 36 of"),
+            ("W_enc", (0, 0), r"The weights at .* stopped"),  # TopK never selects it again: no loss shows it
+        ],
+    )
+    def test_weights_that_are_not_finite_never_replace_a_state(
+        self, manifest, tmp_path, monkeypatch, name, place, sentence
     ):
-        train(manifest, tmp_path / "run", params(learning_rate=1e38, auxk_weight=0.0))
-    assert torch.isfinite(read_tensors(tmp_path / "run" / STATE_FILE)[0]["weights.W_dec"]).all()
-    assert not (tmp_path / "run" / "weights.safetensors").exists()
+        step = Trainer.step
+
+        def spoiled(self, x):
+            if self.done == 35:
+                self.weights[name][place] = float("nan")
+            return step(self, x)
+
+        interrupted(manifest, tmp_path, monkeypatch)
+        monkeypatch.setattr(Trainer, "step", spoiled)
+        with pytest.raises(UserError, match=sentence):
+            train(manifest, tmp_path, params(**WINDOWED))
+        assert steps_done(tmp_path) == 30
+        assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_reading_ahead_gives_the_same_batches(manifest):
+    rows = open_rows(manifest, SITE)
+    stores = [ShuffledRows(rows.store, [SITE], 100, 512, seed=3) for _ in range(2)]
+    plain, ahead = (
+        Feed(store, SITE, torch.device("cpu"), 50, ahead=early)
+        for store, early in zip(stores, (False, True), strict=True)
+    )
+    for number in [*range(20), *range(30, 50)]:  # a resumed run begins anywhere
+        assert torch.equal(plain.at(number), ahead.at(number))
+    ahead.close()
+    plain.close()
 
 
 @pytest.mark.parametrize("kind", ["random", "identity"])
@@ -226,17 +325,9 @@ def test_made_kinds_need_no_training(manifest, tmp_path, kind):
     )
 
 
-def test_decoder_only_takes_its_decoder_from_a_file(manifest, tmp_path):
-    write_tensors(tmp_path / "decoder.safetensors", {"W_dec": torch.eye(16)[:9]}, {})
-    out = train(manifest, tmp_path / "run", params(kind="decoder_only"), tmp_path / "decoder.safetensors")
-    assert out.details["d_dict"] == 9
-
-
-def test_settings_name_unknown_and_missing_keys():
+def test_settings_name_unknown_keys():
     with pytest.raises(UserError, match=r"training\.epoch is unknown; did you mean 'epochs'"):
         Training.of({"epoch": 3})
-    with pytest.raises(UserError, match=r"training\.batch is missing"):
-        Training.of({key: value for key, value in TRAINING.items() if key != "batch"})
     chosen = Training.of({**TRAINING, "checkpoints": [0.0, 0.26, 1.0]}).checkpoint_steps(50)
     assert chosen == {1, 13}
 

@@ -1,0 +1,48 @@
+"""``circuitflow convert``: dictionaries from one library's format to another's."""
+
+from pathlib import Path
+
+from circuitflow.dictionaries.formats.hub import fetch_dictionary
+from circuitflow.dictionaries.formats.places import LAYOUTS, WRITTEN, detect
+from circuitflow.dictionaries.formats.registry import read_dictionary, write_dictionary
+from circuitflow.errors import UserError, nearest
+
+
+def convert(
+    source: str,
+    target: Path,
+    from_format: str | None,
+    to_format: str,
+    site: str | None = None,
+    repository: str | None = None,
+    revision: str = "main",
+) -> str:
+    """Convert one dictionary and tell what was done, in a sentence.
+
+    :param source: file or folder on disk, or with ``repository`` the place inside that repository of the hub.
+    :param from_format: None: as the files tell.
+    :param site: site that the dictionary reads; None: as the files tell.
+    :raises UserError: it is not there, or one of the formats cannot hold it exactly.
+    """
+    if to_format not in WRITTEN:
+        raise UserError(f"Format '{to_format}' cannot be written; {nearest(to_format, WRITTEN)}.")
+    if to_format == "circuitflow" and target.suffix != ".safetensors":
+        raise UserError(f"{target} is no name for a circuitflow dictionary; end it with .safetensors.")
+    if target.exists():
+        raise UserError(f"{target} exists; name a file or folder that does not.")
+    if from_format is None:
+        if repository is not None:
+            raise UserError(
+                f"The format of a dictionary on the hub is not known before it is here; name it (--from): "
+                f"{nearest('', LAYOUTS, limit=len(LAYOUTS))}."
+            )
+        from_format = detect(Path(source))
+    asked = {"format": from_format, "path": source, "id": repository, "revision": revision}
+    place = fetch_dictionary(asked, site)
+    dictionary = read_dictionary(from_format, place, site)
+    write_dictionary(to_format, target, dictionary)
+    sites = " → ".join(dict.fromkeys([*dictionary.reads, *dictionary.writes]))
+    return (
+        f"{target}: {dictionary.d_dict} features at {sites}, {dictionary.d_in} wide, from {place} "
+        f"({from_format}) to {to_format}"
+    )

@@ -1,0 +1,326 @@
+"""Compiled loops for the sparse parts of a training step on the CPU: selecting entries, dot products, transposing.
+
+What torch has no quick form for is here; sums of rows stay with its ``embedding_bag``. Vectors are shared out among
+``torch.get_num_threads()`` threads in runs of neighbours, and each row of a result is made by one thread in a fixed
+order, so results do not depend on the number of threads.
+
+The first call of a kernel with an element type compiles it (seconds) and keeps it in ``__pycache__``, or, where
+that cannot be written, in the user's cache folder; without either it is compiled in every process.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from circuitflow.dictionaries.codes import Codes
+
+F = TypeVar("F", bound=Callable[..., Any])
+Array = np.ndarray
+
+MARKS = 512  # entries of a row that are compared at once
+FEWEST_LANES = 128
+
+_LOCK = threading.Lock()  # one of numba's threading layers must not be entered from two threads at once
+
+
+def _compiled(**options: Any) -> Callable[[F], F]:
+    def compile_later(function: F) -> F:
+        try:
+            return numba.njit(function, cache=True, nogil=True, **options)
+        except RuntimeError:  # no folder for the cache can be written
+            return numba.njit(function, nogil=True, **options)
+
+    return compile_later
+
+
+def largest_of_rows(pre: Float[Tensor, "n d_dict"], k: int) -> Codes:
+    """The ``k`` ≥ 1 largest entries of each row, those not positive left out; of equal ones the first."""
+    n, d_dict = pre.shape
+    k = min(k, d_dict)
+    features, counts = np.empty((n, k), np.int64), np.empty(n, np.int64)
+    values = np.empty((n, k), _array(pre).dtype)
+    with _LOCK:
+        _largest_of_rows(_array(pre), k, _lanes(k, d_dict), _parts(n), features, values, counts)
+    if counts.sum() == n * k:
+        offsets = torch.arange(0, n * k + 1, k)
+        return Codes(offsets, torch.from_numpy(features).view(-1), torch.from_numpy(values).view(-1), d_dict)
+    kept = np.arange(k) < counts[:, None]
+    return Codes(_offsets(counts), torch.from_numpy(features[kept]), torch.from_numpy(values[kept]), d_dict)
+
+
+def above_threshold(pre: Float[Tensor, "n d_dict"], threshold: Float[Tensor, " d_dict"]) -> Codes:
+    """The entries above a threshold of each column's own."""
+    n, d_dict = pre.shape
+    limits, counts = _array(threshold.to(pre.dtype)), np.empty(n, np.int64)
+    with _LOCK:
+        _count_above(_array(pre), limits, _parts(n), counts)
+        offsets = _offsets(counts)
+        features = np.empty(int(offsets[-1]), np.int64)
+        values = np.empty(len(features), limits.dtype)
+        _fill_above(_array(pre), limits, offsets.numpy(), _parts(n), features, values)
+    return Codes(offsets, torch.from_numpy(features), torch.from_numpy(values), d_dict)
+
+
+def keep_largest(codes: Codes, n: int) -> Codes:
+    """The ``n`` largest of all entries, of equal ones the first; there are at least ``n`` ≥ 1."""
+    values = _array(codes.values)
+    smallest = np.partition(values, len(values) - n)[len(values) - n]
+    offsets, features, kept = (
+        np.empty(codes.n + 1, np.int64),
+        np.empty(n, np.int64),
+        np.empty(n, values.dtype),
+    )
+    _keep_largest(_array(codes.offsets), _array(codes.features), values, smallest, offsets, features, kept)
+    return Codes(torch.from_numpy(offsets), torch.from_numpy(features), torch.from_numpy(kept), codes.d_dict)
+
+
+def products(
+    codes: Codes, directions: Float[Tensor, "d_dict d_model"], vectors: Float[Tensor, "n d_model"]
+) -> Float[Tensor, " nnz"]:
+    """vectors[row]·directions[feature] of every entry."""
+    out = torch.empty_like(codes.values)
+    arrays = (_array(codes.offsets), _array(codes.features), _array(directions), _array(vectors))
+    with _LOCK:
+        _products(*arrays, _parts(codes.n), _array(out))
+    return out
+
+
+def by_feature_with(
+    codes: Codes, other: Float[Tensor, " nnz"]
+) -> tuple[Codes, Codes, Float[Tensor, " d_dict"]]:
+    """The transpose, the transpose with other values, and the sum of these other values over each feature."""
+    values, others = np.empty_like(_array(codes.values)), np.empty_like(_array(codes.values))
+    rows, offsets = np.empty(codes.nnz, np.int64), np.empty(codes.d_dict + 1, np.int64)
+    sums = np.empty(codes.d_dict, values.dtype)
+    given = (_array(codes.offsets), _array(codes.features), _array(codes.values), _array(other))
+    _transpose(*given, offsets, rows, values, others, sums)
+    transposed = Codes(torch.from_numpy(offsets), torch.from_numpy(rows), torch.from_numpy(values), codes.n)
+    return transposed, transposed.with_values(torch.from_numpy(others)), torch.from_numpy(sums)
+
+
+def _array(tensor: Tensor) -> Array:
+    """The same memory, in the one layout that kernels are compiled for."""
+    return tensor.detach().contiguous().numpy()
+
+
+def _parts(n: int) -> int:
+    """Number of runs that ``n`` vectors are cut into, one a thread."""
+    wanted = torch.get_num_threads()
+    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # numba's first call sets OpenMP's number, which torch shares
+        torch.set_num_threads(wanted)
+    return max(1, min(threads, n))
+
+
+def _offsets(counts: Array) -> Int64[Tensor, " n_plus_1"]:
+    return torch.from_numpy(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+
+
+def _lanes(k: int, d_dict: int) -> int:
+    """Columns of the folded row whose maxima bound the k-th largest from below; 0 where folding gains nothing."""
+    lanes = FEWEST_LANES
+    while lanes < 2 * k:
+        lanes *= 2
+    return lanes if 4 * lanes <= d_dict else 0
+
+
+@_compiled()
+def _kth_largest(values: Array, n: int, k: int) -> float:
+    """The k-th largest of the first n values, which end in another order. Quickselect (Hoare)."""
+    low, high, wanted = 0, n - 1, k - 1
+    while low < high:
+        pivot = values[(low + high) >> 1]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if wanted <= j:
+            high = j
+        elif wanted >= i:
+            low = i
+        else:
+            break
+    return values[wanted]
+
+
+@_compiled()
+def _bound(row: Array, k: int, lanes: int, maxima: Array) -> float:
+    """A number that at least k entries of the row reach, or 0: the k-th largest of the lanes' maxima.
+
+    Entry j belongs to lane j % lanes. The loop runs over slices: with sums as indices it is not vectorised.
+    """
+    maxima[:] = 0
+    for block in range(len(row) // lanes):
+        part = row[block * lanes : (block + 1) * lanes]
+        for lane in range(lanes):
+            value, before = part[lane], maxima[lane]
+            maxima[lane] = value if value > before else before  # noqa: FURB136 - NaN is no maximum
+    return _kth_largest(maxima, lanes, k)
+
+
+@_compiled()
+def _find(marks: Array, words: Array, width: int, start: int, found: Array, n: int) -> int:
+    """Append start + place of every mark among the first ``width`` to ``found``, which has n entries so far.
+
+    Eight marks are looked at as one word: most are empty.
+    """
+    for word in range((width + 7) // 8):
+        if words[word]:
+            for place in range(8 * word, min(8 * word + 8, width)):
+                found[n] = start + place
+                n += marks[place]
+    return n
+
+
+@_compiled()
+def _positive_from(row: Array, bound: float, marks: Array, words: Array, found: Array) -> int:
+    """Columns of the row's positive entries that reach the bound, ascending, in ``found``; gives their number."""
+    n = 0
+    for start in range(0, len(row), MARKS):
+        part = row[start : start + MARKS]
+        for place in range(len(part)):
+            marks[place] = (part[place] >= bound) & (part[place] > 0)
+        n = _find(marks, words, len(part), start, found, n)
+    return n
+
+
+@_compiled()
+def _largest_of_row(
+    row: Array, k: int, found: Array, n: int, scratch: Array, features: Array, values: Array
+) -> int:
+    """Of the n columns found, write the k with the largest entries; gives how many were written."""
+    smallest, ties = row.dtype.type(0), 0
+    if n > k:
+        for i in range(n):
+            scratch[i] = row[found[i]]
+        smallest, ties = _kth_largest(scratch, n, k), k
+        for i in range(n):
+            ties -= row[found[i]] > smallest
+    written = 0
+    for i in range(n):
+        value = row[found[i]]
+        tie = value == smallest
+        if value > smallest or (tie and ties > 0):
+            ties -= tie
+            features[written] = found[i]
+            values[written] = value
+            written += 1
+    return written
+
+
+@_compiled(parallel=True)
+def _largest_of_rows(
+    pre: Array, k: int, lanes: int, parts: int, features: Array, values: Array, counts: Array
+) -> None:
+    n, d_dict = pre.shape
+    for part in numba.prange(parts):
+        maxima, scratch = np.empty(max(lanes, 1), pre.dtype), np.empty(d_dict, pre.dtype)
+        found = np.empty(d_dict + 1, np.int64)  # one more: _find writes before it counts
+        marks = np.zeros(MARKS, np.uint8)
+        words = marks.view(np.uint64)
+        for r in range(n * part // parts, n * (part + 1) // parts):
+            bound = _bound(pre[r], k, lanes, maxima) if lanes else pre.dtype.type(0)
+            m = _positive_from(pre[r], bound, marks, words, found)
+            counts[r] = _largest_of_row(pre[r], k, found, m, scratch, features[r], values[r])
+
+
+@_compiled(parallel=True)
+def _count_above(pre: Array, threshold: Array, parts: int, counts: Array) -> None:
+    n = pre.shape[0]
+    for part in numba.prange(parts):
+        for r in range(n * part // parts, n * (part + 1) // parts):
+            row, count = pre[r], 0
+            for j in range(len(row)):
+                count += row[j] > threshold[j]
+            counts[r] = count
+
+
+@_compiled(parallel=True)
+def _fill_above(
+    pre: Array, threshold: Array, offsets: Array, parts: int, features: Array, values: Array
+) -> None:
+    n, d_dict = pre.shape
+    for part in numba.prange(parts):
+        found = np.empty(d_dict + 1, np.int64)
+        marks = np.zeros(MARKS, np.uint8)
+        words = marks.view(np.uint64)
+        for r in range(n * part // parts, n * (part + 1) // parts):
+            row, m = pre[r], 0
+            for start in range(0, d_dict, MARKS):
+                entries, limits = row[start : start + MARKS], threshold[start : start + MARKS]
+                for place in range(len(entries)):
+                    marks[place] = entries[place] > limits[place]
+                m = _find(marks, words, len(entries), start, found, m)
+            for i in range(m):
+                features[offsets[r] + i] = found[i]
+                values[offsets[r] + i] = row[found[i]]
+
+
+@_compiled()
+def _keep_largest(
+    offsets: Array, features: Array, values: Array, smallest: float,
+    new_offsets: Array, new_features: Array, new_values: Array,
+) -> None:  # fmt: skip
+    ties = len(new_values)
+    for entry in range(len(values)):
+        ties -= values[entry] > smallest
+    written, new_offsets[0] = 0, 0
+    for r in range(len(offsets) - 1):
+        for entry in range(offsets[r], offsets[r + 1]):
+            tie = values[entry] == smallest
+            if values[entry] > smallest or (tie and ties > 0):
+                ties -= tie
+                new_features[written] = features[entry]
+                new_values[written] = values[entry]
+                written += 1
+        new_offsets[r + 1] = written
+
+
+@_compiled(parallel=True, fastmath={"reassoc", "contract"})  # so that sums are taken in vectors
+def _products(
+    offsets: Array, features: Array, directions: Array, vectors: Array, parts: int, out: Array
+) -> None:
+    n = len(offsets) - 1
+    for part in numba.prange(parts):
+        for r in range(n * part // parts, n * (part + 1) // parts):
+            vector = vectors[r]
+            for entry in range(offsets[r], offsets[r + 1]):
+                direction = directions[features[entry]]
+                total = out.dtype.type(0)
+                for i in range(len(vector)):
+                    total += vector[i] * direction[i]
+                out[entry] = total
+
+
+@_compiled()
+def _transpose(
+    offsets: Array, features: Array, values: Array, other: Array,
+    new_offsets: Array, new_rows: Array, new_values: Array, new_other: Array, sums: Array,
+) -> None:  # fmt: skip
+    new_offsets[:], sums[:] = 0, 0
+    for entry in range(len(features)):
+        new_offsets[features[entry] + 1] += 1
+        sums[features[entry]] += other[entry]
+    for feature in range(len(sums)):
+        new_offsets[feature + 1] += new_offsets[feature]
+    free = new_offsets[:-1].copy()
+    for r in range(len(offsets) - 1):
+        for entry in range(offsets[r], offsets[r + 1]):
+            place = free[features[entry]]
+            free[features[entry]] += 1
+            new_rows[place] = r
+            new_values[place] = values[entry]
+            new_other[place] = other[entry]

@@ -1,0 +1,69 @@
+"""ReLU training: squared error plus an L1 penalty that knows the decoder's norms (Conerly et al. 2024).
+
+Without them the penalty could be had for nothing, by small features and long decoder rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitflow.dictionaries.codes import Codes
+from circuitflow.dictionaries.gradients import Weights, codes_above, decode_with_pull, weight_gradients
+from circuitflow.dictionaries.objective import Context, Finished, Step
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """Objective of kind ``relu``: mean of ‖x − x̂‖² + λ Σ_i f_i‖W_dec,i‖, decoder norms free."""
+
+    penalty: float
+    """λ."""
+    first_bias: float
+    """b_enc at first: negative, so that training does not start with half of all features active."""
+    select: str = "threshold"
+    unit_decoder: bool = False
+
+    def extra_weights(self, d_dict: int) -> dict[str, Tensor]:
+        """No new ones; the bias starts at a value of the kind's own."""
+        return {"b_enc": torch.full((d_dict,), self.first_bias)}
+
+    def tracked(self, d_dict: int) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def finish(self, weights: Weights) -> Finished:
+        """Decoder norms folded into the encoder; every feature is active above 0."""
+        norms = weights["W_dec"].norm(dim=1)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        folded = {
+            "W_enc": weights["W_enc"] * norms[:, None],
+            "b_enc": weights["b_enc"] * norms,
+            "W_dec": weights["W_dec"] / norms[:, None],
+            "b_dec": weights["b_dec"],
+        }
+        return Finished(folded, {}, {"threshold": torch.zeros_like(norms)})
+
+    def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
+        """Loss and gradients of one batch."""
+        codes = codes_above(weights, x, x.new_zeros(()))
+        decoded, pull = decode_with_pull(codes, weights["W_dec"])
+        residual = decoded + weights["b_dec"] - x
+        cotangent = residual * (2 / x.shape[0])
+        weight = context.sparsity * self.penalty / x.shape[0]
+        norms = weights["W_dec"].norm(dim=1)
+        dpre = pull(cotangent) + weight * norms[codes.features]
+        gradients = weight_gradients(codes, dpre, x, cotangent)
+        sums = sums_by_feature(codes, codes.values)
+        tiny = torch.finfo(norms.dtype).tiny
+        gradients["W_dec"] += (weight * sums / norms.clamp_min(tiny))[:, None] * weights["W_dec"]
+        fired = torch.zeros_like(context.dead)
+        fired[codes.features] = True
+        reconstruction = residual.square().sum() / x.shape[0]
+        return Step(gradients, fired, reconstruction, weight * (sums @ norms), codes.nnz)
+
+
+def sums_by_feature(codes: Codes, values: Float[Tensor, " nnz"]) -> Float[Tensor, " d_dict"]:
+    """Σ of one number an entry, for every feature."""
+    return values.new_zeros(codes.d_dict).index_add_(0, codes.features, values)
