@@ -47,11 +47,11 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant(FLOOR, "encoder_product.py", None, 0.0),
-    Contestant(OURS, "ours.py", None, 2.5e-3),
-    Contestant("sparsify signum", "with_sparsify.py", "eai-sparsify", 3e-3, None, "signum"),
-    Contestant("sparsify adam", "with_sparsify.py", "eai-sparsify", 3e-3, None, "adam"),
-    Contestant("sae-lens", "with_sae_lens.py", "sae-lens", 1e-3, None),
-    Contestant("dictionary-learning", "with_dictionary_learning.py", "dictionary-learning", 2e-3),
+    Contestant(OURS, "ours.py", None, 6e-3),
+    Contestant("sparsify signum", "with_sparsify.py", "eai-sparsify", 7.5e-3, None, "signum"),
+    Contestant("sparsify adam", "with_sparsify.py", "eai-sparsify", 7.5e-3, None, "adam"),
+    Contestant("sae-lens", "with_sae_lens.py", "sae-lens", 3e-3, None),
+    Contestant("dictionary-learning", "with_dictionary_learning.py", "dictionary-learning", 4e-3),
 )
 
 TARGETS = {"sparsify": 2.0, "sae-lens": 3.5}

@@ -1,12 +1,12 @@
 """Forward and backward of a sparse dictionary, written out: the cost of a step is one dense product plus sparse work.
 
-Only the encoder needs dense pre-activations, and these are made a block of rows at a time in one buffer: no (batch,
-d_dict) tensor exists. Everything after reads the rows of active features: decoding and both weight gradients are
-weighted sums of rows (``embedding_bag``), each computed by one thread in a fixed order, so that equal inputs and equal
-thread counts give equal bits. Selection, dot products and the transpose are compiled loops on the CPU
-(:mod:`~circuitflow.dictionaries.kernels`) and torch's operations elsewhere. Codes that are not sparse, as those of
-ReLU at first, go through dense products, a block of rows at a time too. Trainable kinds are put together from these
-pieces.
+Only the encoder needs dense pre-activations, and these are made a block of rows at a time in one buffer: a large
+(batch, d_dict) tensor never exists. Everything after reads the rows of active features: decoding and both weight
+gradients are weighted sums of rows (``embedding_bag``), each computed by one thread in a fixed order, so that equal
+inputs and equal thread counts give equal bits. Selection, dot products and the transpose are compiled loops on the
+CPU (:mod:`~circuitflow.dictionaries.kernels`) and torch's operations elsewhere. Codes that are hardly sparse, as those
+of ReLU at first, go through dense products, a block of rows at a time too. Trainable kinds are put together from
+these pieces.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ whatever else a kind learns (thresholds, gates)."""
 Pull = Callable[[Tensor], Tensor]
 """From ∂loss/∂decoded (batch, d_model) to ∂loss/∂value (nnz,)."""
 
-CPU_ENTRIES, OTHER_ENTRIES = 1 << 21, 1 << 28  # pre-activations held at once: 8 MiB, 1 GiB in float32
+CPU_ENTRIES, OTHER_ENTRIES = 5 << 19, 1 << 28  # pre-activations held at once: 10 MiB, 1 GiB in float32
 FEWEST_ROWS = 128  # of a block, however wide: smaller products are slower
 CPU_DENSE, OTHER_DENSE = (
     0.6,
@@ -159,9 +159,10 @@ def _keep_largest(codes: Codes, n: int) -> Codes:
 
 
 def _buffer(x: Float[Tensor, "batch d_model"], d_dict: int) -> Float[Tensor, "rows d_dict"]:
+    """Room for the pre-activations of one block; blocks are as equal as can be."""
     entries = CPU_ENTRIES if x.device.type == "cpu" else OTHER_ENTRIES
-    rows = max(FEWEST_ROWS, entries // max(1, d_dict))
-    return x.new_empty(max(1, min(rows, x.shape[0])), d_dict)
+    blocks = -(-x.shape[0] // max(FEWEST_ROWS, entries // max(1, d_dict)))
+    return x.new_empty(-(-x.shape[0] // max(1, blocks)) or 1, d_dict)
 
 
 def _blocks(n: int, rows: int) -> Iterator[slice]:

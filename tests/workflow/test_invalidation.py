@@ -89,6 +89,13 @@ CONFIG_EDITS = {
         AFTER_RANKING,
     ),
     "batch of the harvest": ("batch_blocks: 8}", "batch_blocks: 4}", AFTER_HARVEST),
+    "a key that the kind does not use": ("k: 8\n", "k: 8\n  penalty: 0.3\n  prefixes: [0.5, 1.0]\n", {}),
+    "tracking": ("measure: {blocks: 4}", "tracking: {wandb: {project: p}}\nmeasure: {blocks: 4}", {}),
+    "bootstrap of the quality": (
+        "measure: {blocks: 4}",
+        "measure: {blocks: 4, bootstrap: 200}",
+        {"measure_dictionary": SITES, **PAGE},
+    ),
     "a comment in the configuration": ("# Seconds instead", "# Moments instead", {}),
 }
 
@@ -104,6 +111,12 @@ def test_an_edit_of_the_configuration(finished: Clone, name: str) -> None:
 CODE_EDITS = {
     "a comment in the trainer": (TRAINER, "import torch\n", "import torch  # tensors\n", {}),
     "a line in the trainer": (TRAINER, "import torch\n", "import torch\n\nUNUSED = 1\n", AFTER_DICTIONARIES),
+    "a line in a reader of other libraries' files": (
+        "circuitflow/dictionaries/formats/sae_lens.py",
+        "import torch\n",
+        "import torch\n\nUNUSED = 1\n",
+        {},
+    ),
     "a line in one plot": (
         "circuitflow/plots/faithfulness.py",
         "import numpy as np\n",
@@ -212,8 +225,8 @@ def test_an_upstream_stage_with_an_identical_result_costs_its_followers_only_the
     assert digests(finished.root / "results/tiny", "resid.*.parquet") == before
     assert "cache_activations: kept from an earlier run" in output
     for site in range(SITES):
-        assert f"train_dictionary resid.{site}: kept from an earlier run" in output
-        assert f"train_dictionary resid.{site}: steps" not in output
+        assert f"train_dictionary topk-8 resid.{site}: kept from an earlier run" in output
+        assert f"train_dictionary topk-8 resid.{site}: steps" not in output
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
