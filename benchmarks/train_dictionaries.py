@@ -47,9 +47,9 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant(FLOOR, "encoder_product.py", None, 0.0),
-    Contestant(OURS, "ours.py", None, 6e-3),
+    Contestant(OURS, "ours.py", None, 8e-3),
     Contestant("sparsify signum", "with_sparsify.py", "eai-sparsify", 7.5e-3, None, "signum"),
-    Contestant("sparsify adam", "with_sparsify.py", "eai-sparsify", 7.5e-3, None, "adam"),
+    Contestant("sparsify adam", "with_sparsify.py", "eai-sparsify", 1.5e-2, None, "adam"),
     Contestant("sae-lens", "with_sae_lens.py", "sae-lens", 3e-3, None),
     Contestant("dictionary-learning", "with_dictionary_learning.py", "dictionary-learning", 4e-3),
 )

@@ -30,8 +30,8 @@ class TrainingSection(Section):
     """Passes over the training rows."""
     batch: Positive = 1024
     """Tokens per step."""
-    learning_rate: float = Field(default=2.5e-3, gt=0)
-    """Peak learning rate of Adam."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of Adam; null is the kind's own: 2.5e-3, and 5e-3 for relu and gated."""
     warmup: Share = 0.05
     """Share of steps over which the learning rate rises."""
     decay: Share = 0.2

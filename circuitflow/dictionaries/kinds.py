@@ -25,6 +25,7 @@ from circuitflow.dictionaries.topk import AuxK, TopK
 from circuitflow.dictionaries.trainer import FIRST_ENCODER_SCALE
 from circuitflow.errors import UserError, nearest
 
+# Default penalties give an L0 of about 32 at the middle of a small model (d_model 576, d_dict 4608).
 FIRST_L0 = 32  # features active before training, for kinds with thresholds or biases
 
 
@@ -66,7 +67,7 @@ def matryoshka(request: Request) -> Objective:
 def relu(request: Request) -> Objective:
     """ReLU with an L1 penalty."""
     settings = request.settings
-    return ReLU(_or(settings.penalty, 0.1), -first_level(request.d_model, settings.d_dict))
+    return ReLU(_or(settings.penalty, 0.055), -first_level(request.d_model, settings.d_dict))
 
 
 def jumprelu(request: Request) -> Objective:
@@ -74,7 +75,7 @@ def jumprelu(request: Request) -> Objective:
     settings = request.settings
     aims = settings.target_l0 is not None
     return JumpReLU(
-        penalty=_or(settings.penalty, 1.0 if aims else 1e-3),
+        penalty=_or(settings.penalty, 1.0 if aims else 1.2e-3),
         bandwidth=_or(settings.bandwidth, 0.5 / request.d_model**0.5),
         first_threshold=_or(settings.first_threshold, first_level(request.d_model, settings.d_dict)),
         target_l0=settings.target_l0,
@@ -84,7 +85,7 @@ def jumprelu(request: Request) -> Objective:
 def gated(request: Request) -> Objective:
     """Gated with an L1 penalty on the gate."""
     settings = request.settings
-    return Gated(_or(settings.penalty, 0.1), -first_level(request.d_model, settings.d_dict))
+    return Gated(_or(settings.penalty, 0.13), -first_level(request.d_model, settings.d_dict))
 
 
 def first_level(d_model: int, d_dict: int) -> float:

@@ -33,6 +33,12 @@ USED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Keys that each kind uses, of the dictionary and of its training."""
 
+LEARNING_RATE = 2.5e-3
+LEARNING_RATES = {
+    "relu": 5e-3,
+    "gated": 5e-3,
+}  # an L1 penalty takes long to act: better at every L0 than at 2.5e-3
+
 
 @dataclass(frozen=True)
 class Training:
@@ -46,7 +52,7 @@ class Training:
     """Passes over the training rows."""
     batch: int = 1024
     """Tokens per step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = LEARNING_RATE
     """Peak learning rate of Adam, for inputs scaled to mean ‖x‖² = 1."""
     warmup: float = 0.0
     """Share of the steps over which the learning rate rises."""
@@ -121,11 +127,14 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
-        """From plain JSON values, :func:`used_settings` or all of them.
+        """From plain JSON values, :func:`used_settings` or all of them. No learning rate means the kind's own.
 
         :raises UserError: a key is unknown.
         """
-        training = Training.of(values.get("training", {}))
+        training_values = dict(values.get("training", {}))
+        if training_values.get("learning_rate") is None:
+            training_values["learning_rate"] = LEARNING_RATES.get(values.get("kind", ""), LEARNING_RATE)
+        training = Training.of(training_values)
         return _of(cls, {**values, "training": training, "prefixes": tuple(values.get("prefixes") or ())}, "")
 
 

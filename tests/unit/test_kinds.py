@@ -70,6 +70,15 @@ def test_settings_become_objectives():
         assert TRAINED[kind](request(kind, penalty=0.7)).penalty == 0.7
 
 
+def test_kinds_have_learning_rates_of_their_own():
+    def rate(kind: str, **training: Any) -> float:
+        return request(kind, training=training).settings.training.learning_rate
+
+    assert rate("gated") == rate("relu", learning_rate=None) == 5e-3
+    assert rate("topk") == rate("jumprelu", learning_rate=None) == 2.5e-3
+    assert rate("gated", learning_rate=1e-3) == 1e-3
+
+
 def test_a_penalty_that_aims_at_an_l0_has_a_default_of_its_own():
     plain, aiming = (TRAINED["jumprelu"](request("jumprelu", target_l0=target)) for target in (None, 4.0))
     assert aiming.penalty > 100 * plain.penalty
