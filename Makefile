@@ -54,6 +54,7 @@ peers: $(PEERS:envs/peers/%.txt=.venv-peers/%/installed) ## install the librarie
 
 .venv-peers/%/installed: envs/peers/%.txt
 	$(PYTHON) -m venv --clear .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check $$(grep ^torch== $<)
 	.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 

@@ -50,7 +50,7 @@ CONTESTANTS = (
     Contestant(OURS, "ours.py", None, 8e-3),
     Contestant("sparsify signum", "with_sparsify.py", "eai-sparsify", 7.5e-3, None, "signum"),
     Contestant("sparsify adam", "with_sparsify.py", "eai-sparsify", 1.5e-2, None, "adam"),
-    Contestant("sae-lens", "with_sae_lens.py", "sae-lens", 3e-3, None),
+    Contestant("sae-lens", "with_sae_lens.py", "sae-lens", 6e-3, None),
     Contestant("dictionary-learning", "with_dictionary_learning.py", "dictionary-learning", 4e-3),
 )
 

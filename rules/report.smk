@@ -22,7 +22,7 @@ rule build_report:
         ENVIRONMENT
     params:
         plots=PLOTS,
-        config=CFG.model_dump(exclude={"recompute"}),
+        config=CFG.model_dump(exclude={"recompute", "tracking", "study"}),
         code=code("build_report"),
     message:
         "Build the page"

@@ -69,7 +69,9 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     copy = fresh_copy(tmp_path_factory.mktemp("dry") / "copy")
     for file in (copy / "rules").glob("*.smk"):  # a rule with a message shows that instead of its resources
         file.write_text(re.sub(r"\n *message:\n.*", "", file.read_text()))
-    shown = snakemake(copy, "--profile", "slurm", "--dry-run")
+    with open(copy / "configs" / "tiny.yaml", "a") as file:
+        file.write("\nstudy: {name: kinds, site: resid.1, variants: [{kind: topk, k: [4, 8]}]}\n")
+    shown = snakemake(copy, "--profile", "slurm", "--dry-run", "--", "all", "study")
     blocks = re.findall(r"^ *rule (\w+):\n((?: {4,}(?!rule ).*\n)+)", shown, flags=re.MULTILINE)
     return {rule: " ".join(re.findall(r"((?:threads|resources): .*)", block)) for rule, block in blocks}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from circuitflow.store.objects import read_manifest
 from tests.workflow.conftest import Clone
 
 SITES = 3
@@ -89,7 +90,7 @@ CONFIG_EDITS = {
         AFTER_RANKING,
     ),
     "batch of the harvest": ("batch_blocks: 8}", "batch_blocks: 4}", AFTER_HARVEST),
-    "a key that the kind does not use": ("k: 8\n", "k: 8\n  penalty: 0.3\n  prefixes: [0.5, 1.0]\n", {}),
+    "a key that the kind does not use": ("k: 8\n", "k: 8\n  penalty: 0.3\n  prefixes: [0.5, 1.0]\n", PAGE),
     "tracking": ("measure: {blocks: 4}", "tracking: {wandb: {project: p}}\nmeasure: {blocks: 4}", {}),
     "bootstrap of the quality": (
         "measure: {blocks: 4}",
@@ -137,8 +138,8 @@ CODE_EDITS = {
     ),
     "a line in the configuration's code": (
         "circuitflow/config.py",
-        "class Section",
-        "UNUSED = 1\n\n\nclass Section",
+        "class Config(Section)",
+        "UNUSED = 1\n\n\nclass Config(Section)",
         {},
     ),
     "a line in the edges' code": (
@@ -177,11 +178,8 @@ def test_touching_a_small_input_without_change_re_runs_nothing(finished: Clone) 
 @pytest.mark.slow
 def test_a_deleted_shard_stops_the_first_reader_with_the_command_that_repairs_it(finished: Clone) -> None:
     manifest = "results/tiny/activations/manifest.json"
-    shard = next(
-        path
-        for path in sorted((finished.root / "results/tiny/objects").rglob("c/1/0"))
-        if "resid" in str(path)
-    )
+    store = read_manifest(finished.root / manifest).folder(finished.root / manifest)
+    shard = next(path for path in sorted(store.rglob("c/1/0")) if path.is_file())
     kept, times = shard.read_bytes(), shard.stat()
     shard.unlink()
     assert finished.planned() == {}, "a dry run cannot see inside a store"

@@ -67,7 +67,7 @@ def test_a_dictionary_that_was_exported_comes_back_as_a_pretrained_one(finished:
         values = yaml.safe_load(finished.config.read_text(encoding="utf-8"))
         (name,) = Config.model_validate(values).variants()
         imported = f"results/tiny/dictionaries/back/{name}/resid.1.quality.parquet"
-        assert finished.planned(imported) == {"import_dictionary": 1, "measure_dictionary": 1}
+        assert finished.planned("--", imported) == {"import_dictionary": 1, "measure_dictionary": 1}
         finished.snakemake("--", imported)
     there, back = (
         read_table(finished.root / path) for path in (own.replace(".json", ".quality.parquet"), imported)
