@@ -317,7 +317,12 @@ def arguments() -> argparse.Namespace:
         help="factors of each one's learning rate, tried in turn",
     )
     add("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.steps <= asked.per_round or (asked.steps - 1) % asked.per_round:
+        parser.error(
+            f"--steps is {asked.steps}, which is not one more than a multiple of --per-round {asked.per_round}"
+        )
+    return asked
 
 
 def main() -> None:
