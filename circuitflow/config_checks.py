@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from circuitflow.config import Config, ImportedPairs, PathSource, TextFiles, ToySource, json_schema
+from circuitflow.config import Config, ImportedPairs, TextFiles, json_schema
 from circuitflow.config_dictionaries import DictionarySettings
+from circuitflow.config_model import PathSource, ToySource
 from circuitflow.dictionaries.formats.places import local_files
 from circuitflow.dictionaries.settings import used_settings
 from circuitflow.errors import UserError, nearest

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitflow.dictionaries.codes import Codes
+from circuitflow.dictionaries.folding import gate_as_threshold
 from circuitflow.dictionaries.gradients import Weights, codes_above, decode_with_pull, weight_gradients
 from circuitflow.dictionaries.objective import Context, Finished, Step
 from circuitflow.dictionaries.relu import sums_by_feature
@@ -43,14 +44,10 @@ class Gated:
 
     def finish(self, weights: Weights) -> Finished:
         """One encoder e^r·W_enc, b_mag; π > 0 is the same as a threshold b_mag − e^r·b_enc on its output."""
-        scale = weights["log_scale"].exp()
-        folded = {
-            "W_enc": weights["W_enc"] * scale[:, None],
-            "b_enc": weights["b_mag"],
-            "W_dec": weights["W_dec"],
-            "b_dec": weights["b_dec"],
-        }
-        threshold = (weights["b_mag"] - scale * weights["b_enc"]).clamp_min(0)
+        W_enc, b_enc, threshold = gate_as_threshold(
+            weights["W_enc"], weights["log_scale"], weights["b_enc"], weights["b_mag"]
+        )
+        folded = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": weights["W_dec"], "b_dec": weights["b_dec"]}
         return Finished(folded, {}, {"threshold": threshold})
 
     def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:

@@ -28,10 +28,8 @@ Pull = Callable[[Tensor], Tensor]
 
 CPU_ENTRIES, OTHER_ENTRIES = 5 << 19, 1 << 28  # pre-activations held at once: 10 MiB, 1 GiB in float32
 FEWEST_ROWS = 128  # of a block, however wide: smaller products are slower
-CPU_DENSE, OTHER_DENSE = (
-    0.6,
-    0.1,
-)  # share of entries from which dense products beat sums of rows (measured on the CPU)
+# Share of entries from which dense products beat sums of rows, as measured on a CPU.
+CPU_DENSE, OTHER_DENSE = 0.6, 0.1
 
 
 def pre_activations(weights: Weights, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_dict"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitflow.dictionaries.codes import Codes
+from circuitflow.dictionaries.folding import unit_rows
 from circuitflow.dictionaries.gradients import Weights, codes_above, decode_with_pull, weight_gradients
 from circuitflow.dictionaries.objective import Context, Finished, Step
 
@@ -35,15 +36,9 @@ class ReLU:
 
     def finish(self, weights: Weights) -> Finished:
         """Decoder norms folded into the encoder; every feature is active above 0."""
-        norms = weights["W_dec"].norm(dim=1)
-        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-        folded = {
-            "W_enc": weights["W_enc"] * norms[:, None],
-            "b_enc": weights["b_enc"] * norms,
-            "W_dec": weights["W_dec"] / norms[:, None],
-            "b_dec": weights["b_dec"],
-        }
-        return Finished(folded, {}, {"threshold": torch.zeros_like(norms)})
+        W_enc, b_enc, W_dec = unit_rows(weights["W_enc"], weights["b_enc"], weights["W_dec"])
+        folded = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": weights["b_dec"]}
+        return Finished(folded, {}, {"threshold": torch.zeros_like(b_enc)})
 
     def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
         """Loss and gradients of one batch."""

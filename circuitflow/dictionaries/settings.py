@@ -34,10 +34,8 @@ USED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Keys that each kind uses, of the dictionary and of its training."""
 
 LEARNING_RATE = 2.5e-3
-LEARNING_RATES = {
-    "relu": 5e-3,
-    "gated": 5e-3,
-}  # an L1 penalty takes long to act: better at every L0 than at 2.5e-3
+LEARNING_RATES = {"relu": 5e-3, "gated": 5e-3}
+"""Kinds with another rate: an L1 penalty takes long to act, and this is better at every L0."""
 
 
 @dataclass(frozen=True)

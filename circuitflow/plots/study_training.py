@@ -1,6 +1,5 @@
 """Figure: the variants of a study while they were trained."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from matplotlib.figure import Figure
 from circuitflow.jobs import Output
 from circuitflow.plots.scales import log_axis, token_axis
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
+from circuitflow.plots.tables import training_log
 from circuitflow.plots.variants import by_variant, curve, legend, looks, say
-from circuitflow.store.objects import read_manifest
 
-LOG = "log.jsonl"
 BINS = 200
 NOTE = (
     "Loss: of the training batches, averaged over stretches of the training ({bins} at most); its penalties "
@@ -66,8 +64,7 @@ def read_curves(manifests: Sequence[Path]) -> dict[str, Curve]:
     """
     found = {}
     for label, path in by_variant(manifests).items():
-        folder = read_manifest(path, kind="dictionary").folder(path)
-        lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+        _, lines = training_log(path)
         measured = [line for line in lines if line["held_out"]]
         found[label] = {
             **{name: np.array([line[name] for line in lines], float) for name in ("tokens", "loss", "dead")},

@@ -1,11 +1,14 @@
-"""What figures and the page both need from tables: rows by condition, sites in order, intervals."""
+"""What figures and the page both need from tables: rows by condition, sites in order, intervals, training logs."""
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from circuitflow.models.sites import depth_order, parse_site
+from circuitflow.store.objects import read_manifest
 
 Table = Mapping[str, np.ndarray]
 
@@ -60,3 +63,10 @@ def top_nodes(nodes: Table, count: int, kind: str | None = None) -> dict[str, np
 def node_name(site: str, kind: str, feature: int) -> str:
     """How a node is called in figures and tables: "resid.12 #345" or "resid.12 error"."""
     return f"{site} error" if kind == "error" else f"{site} #{feature}"
+
+
+def training_log(manifest: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Site of a dictionary, and the lines of its training's log: none if it was made without training."""
+    read = read_manifest(manifest, kind="dictionary")
+    text = (read.folder(manifest) / "log.jsonl").read_text(encoding="utf-8")
+    return str(read.details["site"]), [json.loads(line) for line in text.splitlines()]

@@ -1,6 +1,5 @@
 """Figure: held-out quality of every dictionary while it was trained."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
-from circuitflow.plots.tables import in_depth_order
-from circuitflow.store.objects import read_manifest
+from circuitflow.plots.tables import in_depth_order, training_log
 
-LOG = "log.jsonl"
 NOTE = (
     "One line per site, darker = deeper. FVU: squared error of the reconstruction over the variance of "
     "the vectors, without outliers (0 is perfect); thin lines: on the training batches. Dead: has not "
@@ -57,11 +54,9 @@ def read_curves(manifests: Sequence[Path]) -> dict[str, Curve]:
     """
     found = {}
     for path in manifests:
-        manifest = read_manifest(path, kind="dictionary")
-        text = (manifest.folder(path) / LOG).read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        site, lines = training_log(path)
         if lines:
-            found[str(manifest.details["site"])] = _curve(lines)
+            found[site] = _curve(lines)
     return {site: found[site] for site in in_depth_order(found)}
 
 

@@ -36,25 +36,20 @@ def read(place: Place, site: str | None) -> Dictionary:
 
 
 def _dictionary(weights: Weights, reads: str, writes: str) -> Dictionary:
-    W_enc = weights.take("W_enc", "d_dict", "d_in")
-    W_dec = weights.take("W_dec", "d_dict", "d_out")
-    b_enc, b_dec = weights.take("b_enc", "d_dict"), weights.take("b_dec", "d_out")
-    threshold = weights.take(THRESHOLD, "d_dict") if weights.has(THRESHOLD) else None
-    k = int(weights.number("k")) if weights.has("k") else None
-    W_skip = weights.take("W_skip", "d_out", "d_in") if weights.has("W_skip") else None
-    weights.done()
-    return build(
+    dictionary = build(
         reads=reads,
         writes=writes,
-        W_enc=W_enc,
-        b_enc=b_enc,
-        W_dec=W_dec,
-        b_dec=b_dec,
-        k=k,
-        threshold=threshold,
-        W_skip=W_skip,
+        W_enc=weights.take("W_enc", "d_dict", "d_in"),
+        W_dec=weights.take("W_dec", "d_dict", "d_out"),
+        b_enc=weights.take("b_enc", "d_dict"),
+        b_dec=weights.take("b_dec", "d_out"),
+        threshold=weights.take(THRESHOLD, "d_dict") if weights.has(THRESHOLD) else None,
+        k=int(weights.number("k")) if weights.has("k") else None,
+        W_skip=weights.take("W_skip", "d_out", "d_in") if weights.has("W_skip") else None,
         notes={"format": "circuit_tracer"},
     )
+    weights.done()
+    return dictionary
 
 
 def _sites(place: Place, config: dict[str, Any], site: str | None) -> tuple[str, str]:

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from circuitflow.dictionaries.dictionary import Dictionary
+from circuitflow.dictionaries.folding import gate_as_threshold, unit_rows
 from circuitflow.dictionaries.formats.naming import Hint, choose_site, hint_of_path
 from circuitflow.dictionaries.formats.places import Place
 from circuitflow.dictionaries.formats.reading import (
     Weights,
     build,
-    gated,
     mapping,
     read_settings,
     read_weights,
     rectified,
-    unit_rows,
 )
 from circuitflow.errors import UserError, nearest
 
@@ -79,7 +78,9 @@ def _auto_encoder_new(weights: Weights, trainer: Parts) -> Parts:
 def _gated(weights: Weights, trainer: Parts) -> Parts:
     parts, bias = _linear(weights), weights.take("decoder_bias", "d_model")
     b_mag, b_gate = weights.take("mag_bias", "d_dict"), weights.take("gate_bias", "d_dict")
-    W_enc, b_enc, threshold = gated(parts["W_enc"], weights.take("r_mag", "d_dict"), b_gate, b_mag)
+    W_enc, b_enc, threshold = gate_as_threshold(
+        parts["W_enc"], weights.take("r_mag", "d_dict"), b_gate, b_mag
+    )
     return {
         "W_enc": W_enc,
         "b_enc": b_enc,

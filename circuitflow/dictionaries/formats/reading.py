@@ -177,25 +177,6 @@ def rectified(threshold: Tensor) -> Tensor:
     return threshold.clamp(min=0)
 
 
-def gated(W_enc: Tensor, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Encoder rows, biases and thresholds that make a Gated encoder one with thresholds (Rajamanoharan et al. 2024).
-
-    With the projection p = W_enc·x, the gate opens where p + b_gate > 0, and the magnitude is
-    relu(e^r·p + b_mag): so a feature is active where m = e^r·p + b_mag exceeds max(0, b_mag − e^r·b_gate).
-    """
-    scale = r_mag.double().exp()
-    rows = scale[:, None] * W_enc.double()
-    threshold = (b_mag.double() - scale * b_gate.double()).clamp(min=0)
-    return rows.float(), b_mag, threshold.float()
-
-
-def unit_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same reconstruction with decoder rows of norm 1: their norms move to the encoder. Rows of 0 stay."""
-    norms = W_dec.norm(dim=1)
-    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-
-
 def _numpy_arrays(path: Path) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:  # NumPy leaves it open when it is no archive

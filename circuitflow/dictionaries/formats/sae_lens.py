@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from circuitflow.dictionaries.dictionary import Dictionary
+from circuitflow.dictionaries.folding import gate_as_threshold, unit_rows
 from circuitflow.dictionaries.formats.naming import choose_site, hint_of_hook, hint_of_module, hook_of_site
 from circuitflow.dictionaries.formats.places import Place
 from circuitflow.dictionaries.formats.reading import (
     Weights,
     build,
-    gated,
     mapping,
     read_settings,
     read_weights,
     rectified,
-    unit_rows,
     whole_number,
 )
 from circuitflow.dictionaries.formats.writing import check_writable, description, write_folder
@@ -235,7 +234,7 @@ def _parts(settings: _Settings, weights: Weights) -> dict[str, Any]:
         parts["subtract"] = parts["b_dec"]
     if architecture == "gated":
         r_mag, b_gate, b_mag = (weights.take(name, "d_sae") for name in ("r_mag", "b_gate", "b_mag"))
-        W_enc, b_enc, parts["threshold"] = gated(W_enc, r_mag, b_gate, b_mag)
+        W_enc, b_enc, parts["threshold"] = gate_as_threshold(W_enc, r_mag, b_gate, b_mag)
     else:
         b_enc = weights.take("b_enc", "d_sae")
     if architecture == "topk":
