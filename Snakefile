@@ -31,13 +31,17 @@ include: "rules/model.smk"
 include: "rules/data.smk"
 include: "rules/dictionaries.smk"
 include: "rules/attribution.smk"
+include: "rules/methods.smk"
+include: "rules/clusters.smk"
 include: "rules/circuits.smk"
 include: "rules/features.smk"
 include: "rules/figures.smk"
+include: "rules/circuit_figures.smk"
 include: "rules/report.smk"
 include: "rules/study.smk"
 include: "rules/study_figures.smk"
 include: "rules/variant_figures.smk"
+include: "rules/requests.smk"
 
 
 onstart:

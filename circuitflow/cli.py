@@ -1,4 +1,4 @@
-"""The command line: what goes beside a Snakemake run (fetch, watch, verify, clean, unlock, schema)."""
+"""The command line: what goes beside a Snakemake run (fetch, compare, watch, verify, clean, unlock, schema)."""
 
 import json
 import sys
@@ -66,6 +66,21 @@ def convert(
     from circuitflow.converting import convert as convert_dictionary
 
     typer.echo(convert_dictionary(source, target, from_format, to_format, site, repository, revision))
+
+
+@app.command()
+def compare(
+    circuits: Annotated[list[Path], typer.Argument(help="Two or more circuit.json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say how far circuits agree (between tasks, seeds, dictionaries, methods): nodes, edges, scores, per site."""
+    from circuitflow.circuits.comparison_tables import compare_files, show
+
+    found = compare_files(circuits)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show(found)
 
 
 @app.command()

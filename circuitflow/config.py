@@ -7,9 +7,10 @@ starts. Stages never see this module: rules hand them plain values.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from circuitflow.config_base import Name, Positive, Section, Seed, Share
+from circuitflow.config_circuits import CircuitSection, EdgesSection, EvaluationSection, ScoresSection
 from circuitflow.config_dictionaries import (
     DictionariesSection,
     DictionarySettings,
@@ -61,11 +62,41 @@ class ImportedPairs(Section):
     """JSONL file; no line in common with train."""
 
 
+class TextPairs(Section):
+    """Contexts of the corpus's text, unpaired: the right answer is the token that follows."""
+
+    kind: Literal["text"]
+    train: Positive = 400
+    """Contexts for scoring and circuits, from documents that dictionaries are trained on."""
+    test: Positive = 100
+    """Contexts for evaluation, from held-out documents."""
+    length: Positive = 24
+    """Tokens of a context, without the start token that task.prepend_bos adds."""
+    seed: Seed = 0
+    """Seed of the draw."""
+
+
+class ClustersSection(Section):
+    """Groups of contexts that are alike inside the model; each gets a circuit of its own."""
+
+    by: Literal["activations", "gradients"] = "gradients"
+    """activations: the site's vector at the answer's position | gradients: the metric's, summed over positions."""
+    site: str
+    """One of sites."""
+    count: int = Field(default=4, ge=2)
+    """Clusters of k-means."""
+    components: Positive | None = None
+    """Principal components that k-means sees; null: whole vectors."""
+    seed: Seed = 0
+    """Seed of k-means."""
+
+
 class MetricSection(Section):
     """What is attributed: m = wrong − right, negative when the model is right."""
 
-    kind: Literal["logit_difference", "log_probability", "kl"] = "logit_difference"
-    """logit_difference: logit(patch answer) − logit(clean answer)."""
+    kind: Literal["logit_difference", "logit", "log_probability", "kl"] = "logit_difference"
+    """logit_difference: logit(patch answer) − logit(clean answer) | logit: −logit(clean answer) | log_probability:
+    −log p(clean answer) | kl: from the clean run's predictions. Contexts of text need logit or log_probability."""
     wrong_answers: Literal["max", "logsumexp"] = "logsumexp"
     """How several answers on one side are joined."""
     position: Literal["last"] | int = "last"
@@ -85,7 +116,8 @@ class ConfidenceSection(Section):
     """Which prompts the model does well enough for a circuit to explain."""
 
     min_difference: float | None = 0.0
-    """Least logit(right) − logit(wrong) on the clean prompt; null keeps every pair."""
+    """Least logit(right) − logit(wrong) on the clean prompt; for contexts of text, wrong is the likeliest other token.
+    null keeps every pair."""
     min_probability: Share = 0.0
     """Least probability of the right answer."""
     max_rank: Positive | None = None
@@ -97,7 +129,7 @@ class TaskSection(Section):
 
     name: Name
     """Folder under results/{model}/."""
-    pairs: Annotated[GeneratedPairs | ImportedPairs, Field(discriminator="kind")]
+    pairs: Annotated[GeneratedPairs | ImportedPairs | TextPairs, Field(discriminator="kind")]
     """Where the pairs come from."""
     metric: MetricSection = MetricSection()
     """What is attributed."""
@@ -111,6 +143,8 @@ class TaskSection(Section):
     """Text put before the answer when a chat template is used."""
     prepend_bos: bool = False
     """Put the token that starts a document before each prompt; it also takes the role of attention sink."""
+    clusters: ClustersSection | None = None
+    """Groups of the pairs' clean prompts, each with a circuit of its own; null makes one circuit."""
 
 
 class BundledText(Section):
@@ -181,75 +215,6 @@ class ActivationsSection(Section):
     """Blocks per forward pass."""
 
 
-class ScoresSection(Section):
-    """Node scores."""
-
-    batch_pairs: Positive = 32
-    """Pairs per forward and backward pass."""
-    overlap_at: list[Positive] = [10, 30, 100]
-    """k of the overlap@k between train and test rankings."""
-    bootstrap: Positive = 1000
-    """Resamples of pairs behind every interval of the rankings."""
-
-
-class EdgesSection(Section):
-    """Edges between neighbouring sites."""
-
-    pool: Positive = 48
-    """Nodes per site, by |score|, between which edges are computed. A circuit takes its nodes from this pool."""
-    batch_pairs: Positive = 4
-    """Pairs per pass: in a small batch fewer downstream nodes are active and need a product."""
-
-
-class Selection(Section):
-    """Either the n strongest or all above a threshold on the absolute value."""
-
-    top: Positive | None = None
-    """The n strongest."""
-    threshold: float | None = Field(default=None, ge=0)
-    """All with an absolute value above it."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> "Selection":
-        if (self.top is None) == (self.threshold is None):
-            raise ValueError("exactly one of top and threshold is needed")
-        return self
-
-
-class CircuitSection(Section):
-    """Which nodes and edges make the circuit."""
-
-    nodes: Selection = Selection(top=60)
-    """Nodes over all sites, error nodes included."""
-    edges: Selection = Selection(top=150)
-    """Edges among those nodes."""
-
-
-class EvaluationSection(Section):
-    """Faithfulness."""
-
-    counts: list[Positive] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
-    """Node counts of the curve; the circuit itself and all nodes are always added."""
-    thresholds: list[Share] = []
-    """Further circuits of the curve: nodes with |score| above these shares of the largest."""
-    random_counts: list[Positive] = [10, 50, 200, 1000]
-    """Node counts at which random circuits are drawn."""
-    random_draws: int = Field(default=20, ge=0)
-    """Random circuits per count, matched per site and kind."""
-    pairs: Positive = 40
-    """Test pairs used, spread evenly over the cases."""
-    ablation: Literal["mean", "zero"] = "mean"
-    """What nodes outside the circuit become: the mean over patched training inputs per case and position, or zero."""
-    aggregate: Literal["ratio_of_means", "mean_of_ratios"] = "ratio_of_means"
-    """How prompts are averaged."""
-    bootstrap: Positive = 1000
-    """Resamples of the intervals."""
-    seed: Seed = 0
-    """Seed of draws and resamples."""
-    batch_rows: Positive = 512
-    """Prompt copies per forward pass."""
-
-
 class FeaturesSection(Section):
     """Descriptions of the top features."""
 
@@ -276,6 +241,14 @@ class PlotsSection(Section):
     """Edges drawn in the circuit figure, the strongest first."""
     top_features: Positive = 12
     """Nodes in the figure of top features."""
+    case: str | None = None
+    """Kind of prompt (a task's case) over whose tokens the circuit is laid out; null is the first."""
+    max_nodes: Positive = 60
+    """Nodes laid out over tokens, the strongest first."""
+    position_share: Share = 0.3
+    """A node summed over positions stands at each that has at least this share of its score."""
+    max_rows: Positive = 30
+    """Nodes, and edges, in the figure of stability."""
 
 
 class WandbSection(Section):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from circuitflow.config import Config, ImportedPairs, TextFiles, json_schema
+from circuitflow.config import Config, ImportedPairs, TaskSentences, TextFiles, TextPairs, json_schema
 from circuitflow.config_dictionaries import DictionarySettings
 from circuitflow.config_model import PathSource, ToySource
 from circuitflow.dictionaries.formats.places import local_files
@@ -17,7 +17,7 @@ from circuitflow.models.sites import parse_site
 from circuitflow.store.objects import read_manifest
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
-UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "bundled", "files", "task"}
+UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "text", "bundled", "files", "task"}
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -31,6 +31,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise UserError(_sentence(error, [])) from None
     _check_overrides(config)
     _check_sites(config)
+    _check_text(config)
+    _check_clusters(config)
     _check_dictionaries(config)
     _check_study(config)
     _check_sizes(config)
@@ -59,15 +61,14 @@ def check_against_model(config: Config, manifest: Path) -> None:
 
 def _check_sites(config: Config) -> None:
     for site in config.sites:
-        parse_site(site)
+        if parse_site(site).kind == "mlp_in":
+            raise UserError(
+                f"Key sites has {site}, which is only read, by transcoders; use mlp.L, resid.L, attn.L, z.L, "
+                "resid_mid.L or embed."
+            )
     repeated = sorted({site for site in config.sites if config.sites.count(site) > 1})
     if repeated:
         raise UserError(f"Key sites lists {repeated[0]} more than once; name each site once.")
-    others = [site for site in config.sites if not site.startswith("resid.")]
-    if others:
-        raise UserError(
-            f"Key sites has {others[0]}, but edges and faithfulness work on residual sites only so far; use resid.L."
-        )
     source = config.model.source
     if isinstance(source, ToySource):
         if source.d_model % (2 * source.heads):
@@ -82,7 +83,7 @@ def _check_sites(config: Config) -> None:
             if layer is not None and layer > deepest:
                 raise UserError(
                     f"Key sites has {site}, but model {config.model.name} has {source.layers} layers; the deepest is "
-                    f"resid.{deepest}."
+                    f"{parse_site(site).kind}.{deepest}."
                 )
     for key, value in (
         ("model.architecture", config.model.architecture),
@@ -90,6 +91,42 @@ def _check_sites(config: Config) -> None:
     ):
         if value != "auto" and value not in ARCHITECTURES:
             raise UserError(f"Key {key} is {value}, which is not supported; {nearest(value, ARCHITECTURES)}.")
+
+
+def _check_text(config: Config) -> None:
+    """Contexts of text are drawn from the corpus, have no patched prompt and no wrong answer."""
+    task = config.task
+    if not isinstance(task.pairs, TextPairs):
+        return
+    if any(isinstance(source, TaskSentences) for source in config.corpus.sources):
+        raise UserError(
+            "Key corpus.sources has kind task, but pairs of kind text come from the corpus, which cannot hold their "
+            "sentences; leave that source out."
+        )
+    if task.metric.kind not in ("logit", "log_probability"):
+        lacking = "wrong answer" if task.metric.kind == "logit_difference" else "patched prompt"
+        raise UserError(
+            f"Key task.metric.kind is {task.metric.kind}, but contexts of kind text have no {lacking}; use logit or "
+            "log_probability."
+        )
+    fixed = {
+        "task.metric.position": (task.metric.position, "last"),
+        "task.chat_template": (task.chat_template, False),
+        "task.generation_prefix": (task.generation_prefix, ""),
+    }
+    for key, (value, needed) in fixed.items():
+        if value != needed:
+            raise UserError(
+                f"Key {key} is {value!r}, but contexts of kind text are the corpus's tokens as they stand; remove it."
+            )
+
+
+def _check_clusters(config: Config) -> None:
+    clusters = config.task.clusters
+    if clusters is not None and clusters.site not in config.sites:
+        raise UserError(
+            f"Key task.clusters.site is {clusters.site}, which is not in sites; {nearest(clusters.site, config.sites)}."
+        )
 
 
 def _check_overrides(config: Config) -> None:

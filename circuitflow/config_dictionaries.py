@@ -11,7 +11,7 @@ from circuitflow.config_base import Name, Positive, Section, Seed, Share
 from circuitflow.provenance import canonical_json, digest
 
 Kind = Literal[
-    "topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated", "random", "identity", "pretrained"
+    "topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated", "random", "identity", "none", "pretrained"
 ]  # fmt: skip
 Format = Literal[
     "circuitflow", "sae_lens", "gemma_scope", "dictionary_learning", "sparsify", "circuit_tracer", "decoder"
@@ -42,8 +42,9 @@ class TrainingSection(Section):
     """Active features per token at the first step, more than k (topk, batchtopk, matryoshka); null is k itself."""
     k_anneal: Share = 0.1
     """Share of steps over which k_start falls to k."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient of all weights together; null clips nothing."""
+    clip_norm: float | None = Field(default=None, ge=0)
+    """Largest norm of the gradient of all weights together; 0 clips nothing, null is the kind's own: 0.01 for topk,
+    batchtopk and matryoshka, 0 for the others."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products, for GPUs; weights, Adam and sums stay float32."""
     resample_every: Positive | None = None
@@ -93,8 +94,8 @@ class DictionarySettings(Section):
     """One site's dictionary; `overrides` may change any of these for a site. A kind reads the keys that name it."""
 
     kind: Kind = "topk"
-    """topk, batchtopk, matryoshka, relu, jumprelu, gated: trained; random, identity (features are coordinates): made;
-    pretrained: read from source."""
+    """topk, batchtopk, matryoshka, relu, jumprelu, gated: trained; random, identity (features are coordinates), none
+    (the error alone): made; pretrained: read from source."""
     d_dict: Positive = 4608
     """Number of features."""
     k: Positive = 32

@@ -41,6 +41,8 @@ class Output:
     """Digest of the result's data; by default made from the declared files."""
 
 
+Arrays = Sequence[str] | Callable[[Any], Sequence[str]]
+"""Arrays of a store: names with wildcards in braces, or a function of the job that names them."""
 Stage = Callable[[Inputs, Mapping[str, Any], Output], None]
 
 
@@ -48,7 +50,7 @@ def run_stage(
     job: Any,
     compute: Stage,
     kind: str | None = None,
-    arrays: Mapping[str, Sequence[str]] | None = None,
+    arrays: Mapping[str, Arrays] | None = None,
     checks: Mapping[str, Any] | None = None,
 ) -> None:
     """Run a stage whose work is kept: done before under the same fingerprint, it ends at once.
@@ -115,13 +117,16 @@ def _publish(kept: ObjectFolder, job: Any, kind: str | None, inputs: Inputs, roo
         ).write(Path(path))
 
 
-def _recipe(job: Any, arrays: Mapping[str, Sequence[str]]) -> tuple[Recipe, Inputs]:
+def _recipe(job: Any, arrays: Mapping[str, Arrays]) -> tuple[Recipe, Inputs]:
     inputs = {
         name: [Path(path) for path in value] if isinstance(value, list | tuple) else Path(value)
         for name, value in _named(job.input)
     }
     wildcards = dict(job.wildcards.items())
-    read = {name: [array.format(**wildcards) for array in listed] for name, listed in arrays.items()}
+    read = {
+        name: listed(job) if callable(listed) else [array.format(**wildcards) for array in listed]
+        for name, listed in arrays.items()
+    }
     contents = {
         name: [content_of(path) for path in value]
         if isinstance(value, list)

@@ -5,9 +5,9 @@ rule cache_gradients:
     output:
         manifest=f"{TASK}/gradients/{{split}}.json",
     log:
-        f"{LOGS}/cache_gradients.{{split}}.log",
+        f"{LOGS}/{{task}}/cache_gradients.{{split}}.log",
     benchmark:
-        f"{ROWS}/cache_gradients.{{split}}.tsv"
+        f"{ROWS}/{{task}}/cache_gradients.{{split}}.tsv"
     conda:
         ENVIRONMENT
     threads: CFG.compute.threads
@@ -30,19 +30,22 @@ rule cache_gradients:
 
 rule score_nodes:
     input:
+        unpack(method_gradients),
         dictionary=f"{TRAINED}/{{site}}.json",
         gradients_train=f"{TASK}/gradients/train.json",
         gradients_test=f"{TASK}/gradients/test.json",
         tokens_train=f"{TASK}/confident/train.parquet",
         tokens_test=f"{TASK}/confident/test.parquet",
     output:
-        scores=f"{SET}/scores/{{site}}.parquet",
-        positions=f"{SET}/scores/{{site}}.positions.parquet",
-        pairs=f"{SET}/scores/{{site}}.pairs.parquet",
+        scores=f"{SET}/scores/{{method}}/{{site}}.parquet",
+        positions=f"{SET}/scores/{{method}}/{{site}}.positions.parquet",
+        pairs=f"{SET}/scores/{{method}}/{{site}}.pairs.parquet",
     log:
-        f"{LOGS}/score_nodes.{{site}}.log",
+        f"{LOGS}/{{task}}/score_nodes.{{method}}.{{site}}.log",
     benchmark:
-        f"{ROWS}/score_nodes.{{site}}.tsv"
+        f"{ROWS}/{{task}}/score_nodes.{{method}}.{{site}}.tsv"
+    wildcard_constraints:
+        method="atp|ig|relp|decoder_only",
     conda:
         ENVIRONMENT
     threads: CFG.compute.threads
@@ -51,30 +54,33 @@ rule score_nodes:
         runtime=30,
     params:
         site=lambda wildcards: wildcards.site,
+        method=lambda wildcards: wildcards.method,
+        positions=CFG.scores.positions,
         compute=COMPUTE,
         code=code("score_nodes"),
     message:
-        "Score the nodes of {wildcards.site}"
+        "Score the nodes of {wildcards.site} ({wildcards.method})"
     script:
         "../workflow_scripts/score_nodes.py"
 
 
 rule rank_features:
     input:
-        scores=expand(f"{SET}/scores/{{site}}.parquet", site=SITES),
-        pairs=expand(f"{SET}/scores/{{site}}.pairs.parquet", site=SITES),
+        scores=SCORES,
+        pairs=PAIR_SCORES,
     output:
         nodes=f"{SET}/ranking/nodes.parquet",
         agreement=f"{SET}/ranking/agreement.parquet",
         layers=f"{SET}/ranking/layers.parquet",
     log:
-        f"{LOGS}/rank_features.log",
+        f"{LOGS}/{{task}}/rank_features.log",
     benchmark:
-        f"{ROWS}/rank_features.tsv"
+        f"{ROWS}/{{task}}/rank_features.tsv"
     conda:
         ENVIRONMENT
     params:
         sites=SITES,
+        ranking=CFG.scores.ranking,
         overlap_at=CFG.scores.overlap_at,
         bootstrap=CFG.scores.bootstrap,
         seed=CFG.seed,
@@ -87,19 +93,24 @@ rule rank_features:
 
 rule score_edges:
     input:
+        unpack(downstream_end),
         model=f"{MODEL}/model/manifest.json",
         tokens=f"{TASK}/confident/train.parquet",
         gradients=f"{TASK}/gradients/train.json",
-        dictionary_up=f"{TRAINED}/{{up}}.json",
-        dictionary_down=f"{TRAINED}/{{down}}.json",
-        scores_up=f"{SET}/scores/{{up}}.parquet",
-        scores_down=f"{SET}/scores/{{down}}.parquet",
+        dictionaries_up=lambda wildcards: [
+            f"{TRAINED}/{site}.json" for site in NEIGHBOURS[wildcards.down]
+        ],
+        scores_up=lambda wildcards: [
+            f"{SET}/scores/{METHOD}/{site}.parquet".format(task=wildcards.task)
+            for site in NEIGHBOURS[wildcards.down]
+        ],
     output:
-        edges=f"{SET}/edges/{{up}}__{{down}}.parquet",
+        edges=f"{SET}/edges/{{down}}.parquet",
+        draws=f"{SET}/edges/{{down}}.draws.parquet",
     log:
-        f"{LOGS}/score_edges.{{up}}.{{down}}.log",
+        f"{LOGS}/{{task}}/score_edges.{{down}}.log",
     benchmark:
-        f"{ROWS}/score_edges.{{up}}.{{down}}.tsv"
+        f"{ROWS}/{{task}}/score_edges.{{down}}.tsv"
     conda:
         ENVIRONMENT
     threads: CFG.compute.threads
@@ -109,12 +120,17 @@ rule score_edges:
         gpu=GPU,
     params:
         **CFG.edges.model_dump(),
-        up=lambda wildcards: wildcards.up,
         down=lambda wildcards: wildcards.down,
+        ups=lambda wildcards: NEIGHBOURS[wildcards.down],
+        sites=lambda wildcards: edge_sites(wildcards.down),
+        positions=CFG.scores.positions,
+        ranking=CFG.scores.ranking,
+        metric=METRIC,
+        seed=CFG.seed,
         dtype=CFG.model.dtype,
         compute=COMPUTE,
         code=code("score_edges"),
     message:
-        "Score the edges {wildcards.up} -> {wildcards.down}"
+        "Score the edges into {wildcards.down}"
     script:
         "../workflow_scripts/score_edges.py"

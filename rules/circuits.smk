@@ -1,23 +1,26 @@
 rule assemble_circuit:
     input:
         nodes=f"{SET}/ranking/nodes.parquet",
-        edges=[f"{SET}/edges/{up}__{down}.parquet" for up, down in SITE_PAIRS],
+        edges=EDGES,
+        search=searched(),
+        dictionaries=expand(f"{TRAINED}/{{site}}.json", site=SITES),
     output:
         circuit=f"{SET}/circuit.json",
         graphml=f"{SET}/circuit.graphml",
+        dot=f"{SET}/circuit.dot",
     log:
-        f"{LOGS}/assemble_circuit.log",
+        f"{LOGS}/{{task}}/assemble_circuit.log",
     benchmark:
-        f"{ROWS}/assemble_circuit.tsv"
+        f"{ROWS}/{{task}}/assemble_circuit.tsv"
     conda:
         ENVIRONMENT
     params:
+        **CHOSEN,
         sites=SITES,
         model=CFG.model.name,
-        task=CFG.task.name,
-        nodes=CFG.circuit.nodes.model_dump(exclude_none=True),
-        edges=CFG.circuit.edges.model_dump(exclude_none=True),
-        pool=CFG.edges.pool,
+        task=lambda wildcards: wildcards.task,
+        prune=CFG.circuit.prune,
+        max_nodes=CFG.circuit.max_nodes,
         code=code("assemble_circuit"),
     message:
         "Assemble the circuit"
@@ -38,9 +41,9 @@ rule evaluate_circuit:
     output:
         faithfulness=f"{SET}/faithfulness.parquet",
     log:
-        f"{LOGS}/evaluate_circuit.log",
+        f"{LOGS}/{{task}}/evaluate_circuit.log",
     benchmark:
-        f"{ROWS}/evaluate_circuit.tsv"
+        f"{ROWS}/{{task}}/evaluate_circuit.tsv"
     conda:
         ENVIRONMENT
     threads: CFG.compute.threads
@@ -51,6 +54,7 @@ rule evaluate_circuit:
     params:
         **CFG.evaluation.model_dump(),
         sites=SITES,
+        ranking=CFG.scores.ranking,
         metric=METRIC,
         dtype=CFG.model.dtype,
         compute=COMPUTE,
@@ -59,3 +63,75 @@ rule evaluate_circuit:
         "Measure faithfulness and completeness"
     script:
         "../workflow_scripts/evaluate_circuit.py"
+
+
+rule search_circuit:
+    input:
+        model=f"{MODEL}/model/manifest.json",
+        nodes=f"{SET}/ranking/nodes.parquet",
+        tokens_train=f"{TASK}/confident/train.parquet",
+        gradients_train=f"{TASK}/gradients/train.json",
+        dictionaries=expand(f"{TRAINED}/{{site}}.json", site=SITES),
+    output:
+        search=f"{SET}/search.parquet",
+    log:
+        f"{LOGS}/{{task}}/search_circuit.log",
+    benchmark:
+        f"{ROWS}/{{task}}/search_circuit.tsv"
+    conda:
+        ENVIRONMENT
+    threads: CFG.compute.threads
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=120,
+        gpu=GPU,
+    params:
+        **CFG.evaluation.model_dump(
+            include={
+                "pairs",
+                "ablation",
+                "aggregate",
+                "bootstrap",
+                "seed",
+                "batch_rows",
+            }
+        ),
+        faithfulness=CFG.circuit.nodes.faithfulness,
+        pool=CFG.edges.pool,
+        sites=SITES,
+        ranking=CFG.scores.ranking,
+        metric=METRIC,
+        dtype=CFG.model.dtype,
+        compute=COMPUTE,
+        code=code("search_circuit"),
+    message:
+        "Search the smallest circuit that is faithful enough"
+    script:
+        "../workflow_scripts/search_circuit.py"
+
+
+rule circuit_stability:
+    input:
+        circuit=f"{SET}/circuit.json",
+        pairs=PAIR_SCORES,
+        edges=EDGES,
+        draws=EDGE_DRAWS,
+    output:
+        nodes=f"{SET}/stability.nodes.parquet",
+        edges=f"{SET}/stability.edges.parquet",
+    log:
+        f"{LOGS}/{{task}}/circuit_stability.log",
+    benchmark:
+        f"{ROWS}/{{task}}/circuit_stability.tsv"
+    conda:
+        ENVIRONMENT
+    params:
+        **CHOSEN,
+        sites=SITES,
+        resamples=CFG.circuit.stability,
+        seed=CFG.seed,
+        code=code("circuit_stability"),
+    message:
+        "Measure how stable the circuit is"
+    script:
+        "../workflow_scripts/circuit_stability.py"

@@ -5,9 +5,9 @@ if CFG.task.pairs.kind == "generate":
             lexicon=LEXICON,
             templates=TEMPLATES,
         output:
-            train=f"{TASK}/pairs/train.jsonl",
-            test=f"{TASK}/pairs/test.jsonl",
-            provenance=f"{TASK}/pairs/provenance.json",
+            train=f"{BASE}/pairs/train.jsonl",
+            test=f"{BASE}/pairs/test.jsonl",
+            provenance=f"{BASE}/pairs/provenance.json",
         log:
             f"{LOGS}/generate_pairs.log",
         benchmark:
@@ -25,16 +25,16 @@ if CFG.task.pairs.kind == "generate":
         script:
             "../workflow_scripts/generate_pairs.py"
 
-else:
+elif CFG.task.pairs.kind == "import":
 
     rule import_pairs:
         input:
             train=CFG.task.pairs.train,
             test=CFG.task.pairs.test,
         output:
-            train=f"{TASK}/pairs/train.jsonl",
-            test=f"{TASK}/pairs/test.jsonl",
-            provenance=f"{TASK}/pairs/provenance.json",
+            train=f"{BASE}/pairs/train.jsonl",
+            test=f"{BASE}/pairs/test.jsonl",
+            provenance=f"{BASE}/pairs/provenance.json",
         log:
             f"{LOGS}/import_pairs.log",
         benchmark:
@@ -49,43 +49,70 @@ else:
             "../workflow_scripts/import_pairs.py"
 
 
-rule tokenize_pairs:
-    input:
-        model=f"{MODEL}/model/manifest.json",
-        train=f"{TASK}/pairs/train.jsonl",
-        test=f"{TASK}/pairs/test.jsonl",
-    output:
-        train=f"{TASK}/tokens/train.parquet",
-        test=f"{TASK}/tokens/test.parquet",
-        dropped=f"{TASK}/tokens/dropped.parquet",
-    log:
-        f"{LOGS}/tokenize_pairs.log",
-    benchmark:
-        f"{ROWS}/tokenize_pairs.tsv"
-    conda:
-        ENVIRONMENT
-    params:
-        chat_template=CFG.task.chat_template,
-        generation_prefix=CFG.task.generation_prefix,
-        prepend_bos=CFG.task.prepend_bos,
-        length=CFG.task.length.model_dump(),
-        position=CFG.task.metric.position,
-        code=code("tokenize_pairs"),
-    message:
-        "Turn pairs into aligned tokens"
-    script:
-        "../workflow_scripts/tokenize_pairs.py"
+if CFG.task.pairs.kind == "text":
+
+    rule sample_contexts:
+        input:
+            model=f"{MODEL}/model/manifest.json",
+            corpus=f"{MODEL}/corpus/manifest.json",
+        output:
+            train=f"{BASE}/tokens/train.parquet",
+            test=f"{BASE}/tokens/test.parquet",
+            dropped=f"{BASE}/tokens/dropped.parquet",
+        log:
+            f"{LOGS}/sample_contexts.log",
+        benchmark:
+            f"{ROWS}/sample_contexts.tsv"
+        conda:
+            ENVIRONMENT
+        params:
+            **CFG.task.pairs.model_dump(exclude={"kind"}),
+            prepend_bos=CFG.task.prepend_bos,
+            code=code("sample_contexts"),
+        message:
+            "Draw contexts from the corpus's text"
+        script:
+            "../workflow_scripts/sample_contexts.py"
+
+else:
+
+    rule tokenize_pairs:
+        input:
+            model=f"{MODEL}/model/manifest.json",
+            train=f"{BASE}/pairs/train.jsonl",
+            test=f"{BASE}/pairs/test.jsonl",
+        output:
+            train=f"{BASE}/tokens/train.parquet",
+            test=f"{BASE}/tokens/test.parquet",
+            dropped=f"{BASE}/tokens/dropped.parquet",
+        log:
+            f"{LOGS}/tokenize_pairs.log",
+        benchmark:
+            f"{ROWS}/tokenize_pairs.tsv"
+        conda:
+            ENVIRONMENT
+        params:
+            chat_template=CFG.task.chat_template,
+            generation_prefix=CFG.task.generation_prefix,
+            prepend_bos=CFG.task.prepend_bos,
+            length=CFG.task.length.model_dump(),
+            position=CFG.task.metric.position,
+            code=code("tokenize_pairs"),
+        message:
+            "Turn pairs into aligned tokens"
+        script:
+            "../workflow_scripts/tokenize_pairs.py"
 
 
 rule filter_pairs:
     input:
         model=f"{MODEL}/model/manifest.json",
-        train=f"{TASK}/tokens/train.parquet",
-        test=f"{TASK}/tokens/test.parquet",
+        train=f"{BASE}/tokens/train.parquet",
+        test=f"{BASE}/tokens/test.parquet",
     output:
-        train=f"{TASK}/confident/train.parquet",
-        test=f"{TASK}/confident/test.parquet",
-        prompts=f"{TASK}/confident/prompts.parquet",
+        train=f"{BASE}/confident/train.parquet",
+        test=f"{BASE}/confident/test.parquet",
+        prompts=f"{BASE}/confident/prompts.parquet",
     log:
         f"{LOGS}/filter_pairs.log",
     benchmark:
@@ -112,7 +139,7 @@ rule filter_pairs:
 rule tokenize_corpus:
     input:
         model=f"{MODEL}/model/manifest.json",
-        pairs=f"{TASK}/pairs/train.jsonl",
+        pairs=CORPUS_PAIRS,
         files=CORPUS_FILES,
     output:
         manifest=f"{MODEL}/corpus/manifest.json",

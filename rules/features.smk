@@ -10,9 +10,9 @@ rule describe_features:
     output:
         features=f"{SET}/features/{{site}}.json",
     log:
-        f"{LOGS}/describe_features.{{site}}.log",
+        f"{LOGS}/{{task}}/describe_features.{{site}}.log",
     benchmark:
-        f"{ROWS}/describe_features.{{site}}.tsv"
+        f"{ROWS}/{{task}}/describe_features.{{site}}.tsv"
     conda:
         ENVIRONMENT
     threads: CFG.compute.threads

@@ -9,13 +9,13 @@ rule plot_task_accuracy:
         ),
         svg=f"{SET}/figures/task_accuracy.svg",
     log:
-        f"{LOGS}/plot_task_accuracy.log",
+        f"{LOGS}/{{task}}/plot_task_accuracy.log",
     benchmark:
-        f"{ROWS}/plot_task_accuracy.tsv"
+        f"{ROWS}/{{task}}/plot_task_accuracy.tsv"
     conda:
         ENVIRONMENT
     params:
-        style=STYLE,
+        style=task_style,
         code=code("plot_task_accuracy"),
     message:
         "Draw the figure task_accuracy"
@@ -34,13 +34,13 @@ rule plot_training_curves:
         ),
         svg=f"{SET}/figures/training_curves.svg",
     log:
-        f"{LOGS}/plot_training_curves.log",
+        f"{LOGS}/{{task}}/plot_training_curves.log",
     benchmark:
-        f"{ROWS}/plot_training_curves.tsv"
+        f"{ROWS}/{{task}}/plot_training_curves.tsv"
     conda:
         ENVIRONMENT
     params:
-        style=STYLE,
+        style=task_style,
         code=code("plot_training_curves"),
     message:
         "Draw the figure training_curves"
@@ -59,13 +59,13 @@ rule plot_layer_importance:
         ),
         svg=f"{SET}/figures/layer_importance.svg",
     log:
-        f"{LOGS}/plot_layer_importance.log",
+        f"{LOGS}/{{task}}/plot_layer_importance.log",
     benchmark:
-        f"{ROWS}/plot_layer_importance.tsv"
+        f"{ROWS}/{{task}}/plot_layer_importance.tsv"
     conda:
         ENVIRONMENT
     params:
-        style=STYLE,
+        style=task_style,
         metric=METRIC,
         code=code("plot_layer_importance"),
     message:
@@ -86,13 +86,13 @@ rule plot_agreement:
         ),
         svg=f"{SET}/figures/agreement.svg",
     log:
-        f"{LOGS}/plot_agreement.log",
+        f"{LOGS}/{{task}}/plot_agreement.log",
     benchmark:
-        f"{ROWS}/plot_agreement.tsv"
+        f"{ROWS}/{{task}}/plot_agreement.tsv"
     conda:
         ENVIRONMENT
     params:
-        style=STYLE,
+        style=task_style,
         code=code("plot_agreement"),
     message:
         "Draw the figure agreement"
@@ -103,7 +103,7 @@ rule plot_agreement:
 rule plot_top_features:
     input:
         nodes=f"{SET}/ranking/nodes.parquet",
-        features=expand(f"{SET}/features/{{site}}.json", site=SITES),
+        features=FEATURES,
     output:
         png=report(
             f"{SET}/figures/top_features.png",
@@ -112,13 +112,13 @@ rule plot_top_features:
         ),
         svg=f"{SET}/figures/top_features.svg",
     log:
-        f"{LOGS}/plot_top_features.log",
+        f"{LOGS}/{{task}}/plot_top_features.log",
     benchmark:
-        f"{ROWS}/plot_top_features.tsv"
+        f"{ROWS}/{{task}}/plot_top_features.tsv"
     conda:
         ENVIRONMENT
     params:
-        style=STYLE,
+        style=task_style,
         metric=METRIC,
         top=CFG.plots.top_features,
         code=code("plot_top_features"),
@@ -126,56 +126,3 @@ rule plot_top_features:
         "Draw the figure top_features"
     script:
         "../workflow_scripts/plot_top_features.py"
-
-
-rule plot_faithfulness:
-    input:
-        faithfulness=f"{SET}/faithfulness.parquet",
-    output:
-        png=report(
-            f"{SET}/figures/faithfulness.png",
-            caption="../resources/captions/faithfulness.rst",
-            category="Circuit",
-        ),
-        svg=f"{SET}/figures/faithfulness.svg",
-    log:
-        f"{LOGS}/plot_faithfulness.log",
-    benchmark:
-        f"{ROWS}/plot_faithfulness.tsv"
-    conda:
-        ENVIRONMENT
-    params:
-        style=STYLE,
-        code=code("plot_faithfulness"),
-    message:
-        "Draw the figure faithfulness"
-    script:
-        "../workflow_scripts/plot_faithfulness.py"
-
-
-rule plot_circuit:
-    input:
-        circuit=f"{SET}/circuit.json",
-        features=expand(f"{SET}/features/{{site}}.json", site=SITES),
-    output:
-        png=report(
-            f"{SET}/figures/circuit.png",
-            caption="../resources/captions/circuit.rst",
-            category="Circuit",
-        ),
-        svg=f"{SET}/figures/circuit.svg",
-    log:
-        f"{LOGS}/plot_circuit.log",
-    benchmark:
-        f"{ROWS}/plot_circuit.tsv"
-    conda:
-        ENVIRONMENT
-    params:
-        style=STYLE,
-        metric=METRIC,
-        max_edges=CFG.plots.max_edges,
-        code=code("plot_circuit"),
-    message:
-        "Draw the figure circuit"
-    script:
-        "../workflow_scripts/plot_circuit.py"

@@ -6,6 +6,7 @@ import torch
 from worker import Pace, run
 
 from circuitflow.dictionaries.normalisation import Normalisation
+from circuitflow.dictionaries.settings import CLIP_NORMS
 from circuitflow.dictionaries.topk import AuxK, TopK
 from circuitflow.dictionaries.trainer import Schedule, Trainer, first_weights
 
@@ -16,7 +17,7 @@ def train(pace: Pace, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     objective = TopK(k, AuxK(d_model // 2, 1 / 32))
     weights = first_weights(objective, d_model, d_dict, settings["seed"])
     schedule = Schedule(settings["rate"], pace.steps, settings["warmup"], settings["decay"])
-    trainer = Trainer(objective, weights, schedule, settings["dead_after"])
+    trainer = Trainer(objective, weights, schedule, settings["dead_after"], clip_norm=CLIP_NORMS["topk"])
     normalisation = Normalisation(torch.zeros(d_model), 1.0)  # batches come normalised; the work is the same
     for x in pace.batches():
         trainer.step(normalisation.apply(x))

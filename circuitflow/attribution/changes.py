@@ -14,6 +14,7 @@ from circuitflow.attribution.sparse import products
 from circuitflow.data.token_pairs import TokenPairs
 from circuitflow.dictionaries.codes import Codes, decode_codes, empty_codes
 from circuitflow.dictionaries.dictionary import Dictionary
+from circuitflow.dictionaries.selection import is_compiled
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class Changes:
         return self.whole - decode_codes(self.features, W_dec)
 
 
-def differing(pairs: TokenPairs) -> Bool[Tensor, "batch pos"]:
+def differing(pairs: TokenPairs, positions: str = "sum") -> Bool[Tensor, "batch pos"]:
     """The tokens at which a change can have an effect on the metric.
 
     Before the first changed token both runs are equal; after the position where the metric is read nothing counts.
+
+    :param positions: "last" leaves only the token where the metric is read; "sum" and "none" all.
     """
     place = torch.arange(pairs.mask.shape[1], device=pairs.mask.device)
+    if positions == "last":
+        return place == pairs.position[:, None]
     started = (place >= pairs.first_change[:, None]) | ~pairs.has_patch[:, None]
     return pairs.mask.bool() & started & (place <= pairs.position[:, None])
 
@@ -53,20 +58,25 @@ def changes_of(
     dictionary: Dictionary,
     cached: Cached,
     pairs: TokenPairs,
+    positions: str = "sum",
 ) -> Changes:
     """Encode the tokens of a batch that can differ; those the dictionary skips have f = 0 and ε = x − b_dec.
 
+    :param positions: see :func:`differing`.
     :raises UserError: the dictionary has no encoder, or is of another width.
     """
-    pair, position = differing(pairs).nonzero(as_tuple=True)
+    pair, position = differing(pairs, positions).nonzero(as_tuple=True)
     before = cached.clean[pair, position]
     paired = pairs.has_patch[pair]
-    codes = dictionary.encode(before, position)
     if bool(paired.any()):
-        patched_codes = dictionary.encode(cached.patched[pair, position], position)
-        patched_codes = patched_codes.where(paired[patched_codes.rows()])
-        after = torch.where(paired[:, None], cached.patched[pair, position], dictionary.b_dec)
+        patched = cached.patched[pair, position]
+        codes, patched_codes = _encoded(dictionary, before, patched, position)
+        if not bool(paired.all()):
+            patched_codes = patched_codes.where(paired[patched_codes.rows()])
+            patched = torch.where(paired[:, None], patched, dictionary.b_dec)
+        after = patched
     else:
+        codes = dictionary.encode(before, position)
         patched_codes = empty_codes(codes.n, codes.d_dict, codes.values)
         after = dictionary.b_dec.expand_as(before)
     return Changes(
@@ -78,8 +88,32 @@ def changes_of(
     )
 
 
+def _encoded(
+    dictionary: Dictionary,
+    clean: Float[Tensor, "n d_model"],
+    patched: Float[Tensor, "n d_model"],
+    position: Int64[Tensor, " n"],
+) -> tuple[Codes, Codes]:
+    """Codes of both runs from one product with the encoder; equal vectors have equal codes, to the last bit."""
+    n, moved = len(clean), (clean != patched).any(1)
+    if not bool(moved.all()):
+        both = dictionary.encode(torch.cat([clean, patched[moved]]), torch.cat([position, position[moved]]))
+        own = torch.arange(n, device=moved.device)
+        return both.take(own), both.take(torch.where(moved, n - 1 + moved.cumsum(0), own))
+    both = dictionary.encode(torch.cat([clean, patched]), position.repeat(2))
+    middle = int(both.offsets[n])
+    return (
+        Codes(both.offsets[: n + 1], both.features[:middle], both.values[:middle], both.d_dict),
+        Codes(both.offsets[n:] - middle, both.features[middle:], both.values[middle:], both.d_dict),
+    )
+
+
 def difference(first: Codes, second: Codes) -> Codes:
     """second − first, with an entry for every feature that is active in either."""
+    if is_compiled(first.values, first.n * first.d_dict):
+        from circuitflow.dictionaries import kernels
+
+        return kernels.difference(first, second)
     keys = torch.cat([codes.rows() * codes.d_dict + codes.features for codes in (first, second)])
     signed = torch.cat([-first.values, second.values])
     union, place = torch.unique(keys, return_inverse=True)

@@ -1,132 +1,198 @@
-"""Edges of a batch: cotangents of all downstream nodes, pulled back through the blocks between two sites at once.
+"""Edges of a batch: cotangents of all downstream nodes, pulled back to every neighbouring upstream site at once.
 
-w(u→d) = ∇_d m · ∇_u d · (u_p − u_c), summed over the positions of both ends. Sites in between are not held fixed: the
-effect of u on d runs along every path, which is right if the run has no site there (reference: "General rule").
+w(u→d) = ∇_d m · ∇_u d · (u_p − u_c). The gradient stops at the other sites of the run between u and d. Here every
+upstream neighbour of d is a leaf of one graph, so one product per downstream node gives its edges from all of them,
+each without the paths through another (the residual double-counting correction of sparse feature circuits, in a
+constant number of passes). Pairs do not mix either, so that nodes active in different pairs share a product.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitflow.attribution.cached import Cached
-from circuitflow.attribution.changes import Changes, changes_of, differing
-from circuitflow.attribution.sparse import products
+from circuitflow.attribution.changes import changes_of
+from circuitflow.attribution.ends import End, Sources, Targets, sources_of, targets_of
+from circuitflow.attribution.nodes import SUMMED
+from circuitflow.attribution.paths import METRIC_SITE, begin
+from circuitflow.attribution.readout import answer_logits
+from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
-from circuitflow.dictionaries.codes import decode_codes
-from circuitflow.dictionaries.dictionary import Dictionary
-from circuitflow.models.running import LanguageModel, run
-
-BATCH_TOKENS = 4096
-"""Tokens (nodes × pairs × positions) in one batched vector-Jacobian product; bounds memory."""
+from circuitflow.models.running import Change, LanguageModel, Run, run
 
 
 @dataclass(frozen=True)
-class End:
-    """One end of a site pair: the dictionary and the features that are nodes of their own (ascending)."""
+class Into:
+    """What edges into one site are computed from."""
 
-    site: str
-    dictionary: Dictionary
-    pool: Int64[Tensor, " pool"]
+    down: str
+    """A site, or "metric"."""
+    ups: tuple[End, ...]
+    """Ends at all neighbours."""
+    end: End | None
+    """The downstream end; None for the metric."""
+    sites: tuple[str, ...]
+    """Every site of the run."""
+    direct: bool
+    """Whether the closed form holds (:func:`circuitflow.attribution.paths.is_direct`)."""
+    metric: Metric | None = None
+    """The metric, if edges lead there."""
+    positions: str = "sum"
 
 
 def edge_effects(
-    lm: LanguageModel, pairs: TokenPairs, up: End, down: End, at_up: Cached, at_down: Cached
-) -> Float[Tensor, "batch up down"]:
-    """Edge weights of every pair, in float64.
+    lm: LanguageModel, pairs: TokenPairs, into: Into, cached: Mapping[str, Cached], nodes_at_once: int = 64
+) -> dict[str, Float[Tensor, "batch up down"]]:
+    """Edge weights of every pair, in float64, by upstream site.
 
-    Rows: the upstream pool, then the upstream error. Columns: the downstream pool, the downstream error, and the
-    "rest": all downstream features outside the pool together. If every path from ``up`` to the metric leads through
-    ``down`` (residual stream), each row sums to the effect that ``up``'s node has on the metric.
+    Rows: the upstream nodes. Columns: the downstream nodes, then the "rest": all downstream features that are no nodes
+    together; or one column for the metric. Over all downstream sites and the metric, each row sums to the effect that
+    its node has on the metric.
     """
-    changes = changes_of(up.dictionary, at_up, pairs)
-    targets = targets_of(down, at_down, pairs)
-    this = run(
-        lm, pairs.clean, pairs.mask, start=(up.site, at_up.base), capture=[up.site, down.site], grad=True
-    )
-    x, y = this.sites[up.site], this.sites[down.site]
-    effects = torch.zeros(
-        len(pairs.mask), len(up.pool) + 1, len(down.pool) + 2, dtype=torch.float64, device=x.device
-    )
-    chunks = targets.nodes.split(max(1, BATCH_TOKENS // pairs.mask.numel()))
+    sources = {
+        up.site: sources_of(up, changes_of(up.dictionary, cached[up.site], pairs, into.positions))
+        for up in into.ups
+    }
+    if not sources:
+        return {}
+    if into.end is None:
+        return _into_metric(lm, pairs, into, cached, sources)
+    targets = targets_of(into.end, cached[into.down], pairs, into.positions)
+    if into.direct:
+        shape = pairs.mask.shape
+        return {site: closed_form(source, targets, shape) for site, source in sources.items()}
+    this = linked(lm, pairs, into, cached)
+    y, leaves = this.sites[into.down], [this.sites[site] for site in sources]
+    effects = {
+        site: torch.zeros(
+            len(pairs), len(source.end), len(into.end) + 1, dtype=torch.float64, device=y.device
+        )
+        for site, source in sources.items()
+    }
+    chunks = [rows for rows in targets.shared(len(pairs)).split(nodes_at_once) if len(rows)]
     for number, nodes in enumerate(chunks):
-        pulled = pull_back(y, x, targets.cotangents(nodes, y), keep_graph=number + 1 < len(chunks))
-        effects[:, :, nodes] = _received(up, changes, pulled, len(pairs.mask))
+        pulled = pull_back(y, leaves, targets.cotangents(nodes, y), keep_graph=number + 1 < len(chunks))
+        row, pair = (nodes >= 0).nonzero(as_tuple=True)
+        for (site, source), gradient in zip(sources.items(), pulled, strict=True):
+            effects[site][pair, :, nodes[row, pair]] = source.effects(gradient)[pair, :, row]
     return effects
+
+
+def linked(
+    lm: LanguageModel,
+    pairs: TokenPairs,
+    into: Into,
+    cached: Mapping[str, Cached],
+    moved: Mapping[str, Tensor] | None = None,
+    grad: bool = True,
+) -> Run:
+    """A pass from the deepest full cut before ``into.down``, with every upstream neighbour a leaf of its own.
+
+    :param moved: values that some of the neighbours take in place of the cached ones.
+    """
+    ups = [up.site for up in into.ups]
+    fixed = {site: cached[site].base for site in ups} | dict(moved or {})
+    cut = begin(into.down, into.sites)
+    start = None if cut is None else (cut, fixed.get(cut, cached[cut].base))
+    final = f"resid.{lm.n_layers - 1}"
+    to_metric = into.down == METRIC_SITE
+    on_clean = all(one.gradient_run == "clean" for one in cached.values())
+    return run(
+        lm,
+        pairs.clean if on_clean else pairs.patch,
+        pairs.mask,
+        start=start,
+        replace={site: _held(value) for site, value in fixed.items() if site != cut},
+        capture=ups if to_metric else [*ups, into.down],
+        stop_at=final if to_metric else into.down,
+        grad=grad,
+    )
+
+
+def _held(value: Tensor) -> Change:
+    """Go on from ``value``, whatever arrives."""
+    return lambda arrived: value.to(arrived.device, arrived.dtype)
 
 
 def pull_back(
     y: Float[Tensor, "batch pos d_model"],
-    x: Float[Tensor, "batch pos d_model"],
+    leaves: Sequence[Float[Tensor, "batch pos width"]],
     cotangents: Float[Tensor, "nodes batch pos d_model"],
     keep_graph: bool = False,
-) -> Float[Tensor, "nodes batch pos d_model"]:
-    """Σ_y cotangent·∂y/∂x for every node: one batched product, equal to one backward pass per node to rounding.
+) -> list[Float[Tensor, "nodes batch pos width"]]:
+    """Σ_y cotangent·∂y/∂x for every node and leaf: one batched product, equal to a backward pass per node to rounding.
 
-    Batching the products lets the few pairs in which a node is active fill a matrix product; with as many tokens per
-    pass a loop is equally fast (SmolLM2's shape, 6 blocks, CPU: 0.6 ms per node and token either way).
+    Batching the products lets the few pairs in which a node is active fill a matrix product.
     """
-    (pulled,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, retain_graph=keep_graph)
-    return pulled
+    pulled: Sequence[Tensor | None] = torch.autograd.grad(
+        y, leaves, cotangents, is_grads_batched=True, retain_graph=keep_graph, allow_unused=True
+    )
+    return [
+        cotangents.new_zeros(len(cotangents), *leaf.shape) if gradient is None else gradient
+        for gradient, leaf in zip(pulled, leaves, strict=True)
+    ]
 
 
-@dataclass(frozen=True)
-class Targets:
-    """∂m/∂(downstream node) · ∂(node)/∂y, at the ``n`` tokens of a batch that can differ."""
+def closed_form(sources: Sources, targets: Targets, shape: torch.Size) -> Float[Tensor, "batch up down"]:
+    """Edges where the upstream vector is only added to the downstream one: no pass and no product at all.
 
-    pair: Int64[Tensor, " n"]
-    position: Int64[Tensor, " n"]
-    W_enc: Float[Tensor, "pool d_model"]
-    weights: Float[Tensor, "n pool"]
-    """∂m/∂f where the feature is active, else 0."""
-    error: Float[Tensor, "n d_model"]
-    rest: Float[Tensor, "n d_model"]
-    nodes: Int64[Tensor, " nodes"]
-    """The columns that are not zero throughout the batch."""
-
-    def cotangents(self, nodes: Int64[Tensor, " m"], like: Tensor) -> Float[Tensor, "m batch pos d_model"]:
-        """Cotangents at the downstream site, shaped ``like`` its value; zero at all other tokens."""
-        pool = len(self.W_enc)
-        full = like.new_zeros(len(nodes), *like.shape)
-        for index, node in enumerate(nodes.tolist()):
-            rows = (self.error, self.rest)[node - pool] if node >= pool else self._of_feature(node)
-            full[index, self.pair, self.position] = rows.to(like.dtype)
-        return full
-
-    def _of_feature(self, node: int) -> Float[Tensor, "n d_model"]:
-        return self.weights[:, node, None] * self.W_enc[node]
-
-
-def targets_of(down: End, cached: Cached, pairs: TokenPairs) -> Targets:
-    """What every downstream node passes on of the metric's gradient g; over all nodes this sums to g.
-
-    A feature passes (g·W_dec[f])·W_enc[f] where it is active: there the encoder is linear. The error is y − ŷ(y), so
-    it passes what all features leave of g.
+    Between features w = ∂m/∂d · 1[d active] · (W_dec[u]·W_enc[d]) · Δu, at the same position; errors likewise with
+    their vectors.
     """
-    pair, position = differing(pairs).nonzero(as_tuple=True)
-    gradient = cached.gradient[pair, position]
-    dictionary, pool = down.dictionary, down.pool
-    codes = dictionary.encode(cached.base[pair, position], position)
-    assert dictionary.W_enc is not None  # encode() has refused it otherwise
-    passed = codes.with_values(products(codes, gradient, dictionary.W_dec))
-    in_pool = torch.zeros(codes.d_dict, dtype=torch.bool, device=pool.device)
-    in_pool[pool] = True
-    weights = passed.columns(pool)
-    rest = decode_codes(passed.select(~in_pool), dictionary.W_enc)
-    error = gradient - decode_codes(passed, dictionary.W_enc)
-    present = torch.cat([weights.any(0), torch.stack([error.any(), rest.any()])])
-    return Targets(pair, position, dictionary.W_enc[pool], weights, error, rest, present.nonzero()[:, 0])
+    dense = torch.stack([targets.error, targets.rest], dim=1)  # (n, 2, d_model)
+    values, change = targets.values, sources.values
+    crossing = sources.directions @ targets.directions.T
+    features = change[:, :, None] * torch.cat(
+        [values[:, None, :] * crossing, torch.einsum("ud,nkd->nuk", sources.directions, dense)], dim=2
+    )
+    error = torch.cat(
+        [values * (sources.error @ targets.directions.T), torch.einsum("nd,nkd->nk", sources.error, dense)],
+        dim=1,
+    )
+    each = torch.cat([features, error[:, None]], dim=1).double()  # (n, up columns, down columns)
+    down = torch.cat([targets.end.column, targets.end.column.new_tensor([values.shape[1] + 1])])
+    weights = each[:, :, down]
+    if not targets.end.summed:
+        place = torch.cat([targets.end.position, targets.end.position.new_tensor([SUMMED])])
+        weights = weights * ((targets.position[:, None] == place) | (place == SUMMED))[:, None]
+    return sources.by_node(weights, shape)
 
 
-def _received(
-    up: End, changes: Changes, pulled: Float[Tensor, "nodes batch pos d_model"], batch: int
-) -> Float[Tensor, "batch up nodes"]:
-    """Pulled-back gradients times the change of every upstream node, summed over positions."""
-    W_dec = up.dictionary.W_dec
-    here = pulled[:, changes.pair, changes.position].to(W_dec.dtype)  # (nodes, n, d_model)
-    features = torch.matmul(here, W_dec[up.pool].T) * changes.features.columns(up.pool)
-    error = torch.einsum("knd,nd->kn", here, changes.error(W_dec))
-    each = torch.cat([features, error[..., None]], dim=2).double()  # (nodes, n, up)
-    total = each.new_zeros(batch, len(pulled), each.shape[2])
-    return total.index_add_(0, changes.pair, each.transpose(0, 1)).transpose(1, 2)
+def _into_metric(
+    lm: LanguageModel,
+    pairs: TokenPairs,
+    into: Into,
+    cached: Mapping[str, Cached],
+    sources: Mapping[str, Sources],
+) -> dict[str, Float[Tensor, "batch up 1"]]:
+    """Effects that reach the metric past every other site of the run: one backward pass."""
+    this = linked(lm, pairs, into, cached)
+    values = metric_values(lm, this, pairs, into, cached)
+    leaves = [this.sites[site] for site in sources]
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
+    return {
+        site: source.effects((torch.zeros_like(leaf) if gradient is None else gradient)[None])
+        for (site, source), gradient, leaf in zip(sources.items(), gradients, leaves, strict=True)
+    }
+
+
+def metric_values(
+    lm: LanguageModel, this: Run, pairs: TokenPairs, into: Into, cached: Mapping[str, Cached]
+) -> Float[Tensor, " batch"]:
+    """m of every prompt of a pass that went on to the end."""
+    assert into.metric is not None
+    logits = answer_logits(lm, this, pairs.position)
+    reference = _clean_logits(lm, pairs, into, cached) if into.metric.kind == "kl" else None
+    with torch.set_grad_enabled(logits.requires_grad):
+        return into.metric(logits, pairs.right, pairs.wrong, reference)
+
+
+def _clean_logits(
+    lm: LanguageModel, pairs: TokenPairs, into: Into, cached: Mapping[str, Cached]
+) -> Float[Tensor, "batch vocab"]:
+    cut = begin(into.down, into.sites)
+    start = None if cut is None else (cut, cached[cut].clean)
+    return answer_logits(lm, run(lm, pairs.clean, pairs.mask, start=start), pairs.position)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from circuitflow.dictionaries.codes import Codes
+from circuitflow.dictionaries.selection import is_compiled
 
 
 def products(
@@ -15,6 +16,10 @@ def products(
     """vectors[row]·directions[feature] for every entry, whatever its value; no gathered rows, no dense product."""
     if entries.nnz == 0:
         return vectors.new_empty(0)
+    if is_compiled(vectors, entries.n * entries.d_dict) and directions.dtype == vectors.dtype:
+        from circuitflow.dictionaries import kernels
+
+        return kernels.products(entries.with_values(vectors.new_empty(entries.nnz)), directions, vectors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(

@@ -7,7 +7,8 @@ membership c_i of feature i and e of the error (1 inside, 0 outside),
     x' = x̄ + Σ_i c_i·(f_i − r_i)·W_dec[i] + e·(ε − r_ε)  =  x̄ + e·(x − x̄) + Σ_i (c_i − e)·(f_i − r_i)·W_dec[i].
 
 The second form needs no error: of a circuit with the error only the features *outside* it are decoded, of one without
-it those inside. The complement's factors e − c_i are the same with the other sign.
+it those inside. The complement's factors e − c_i are the same with the other sign. A node may be in a circuit at some
+positions only; c and e then depend on the position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from circuitflow.attribution.cached import trimmed
+from circuitflow.attribution.nodes import ERROR, SUMMED
 from circuitflow.attribution.readout import answer_logits
 from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
@@ -33,27 +35,33 @@ STARTS = ("embed", "resid")
 
 @dataclass(frozen=True)
 class Kept:
-    """The nodes of one site that a circuit keeps: some features and maybe the error, or all but those."""
+    """The nodes of one site that a circuit keeps, or all but those."""
 
-    features: Int64[Tensor, " kept"]
-    error: bool
+    feature: Int64[Tensor, " kept"]
+    """Numbers of features; ERROR for the error."""
+    position: Int64[Tensor, " kept"]
+    """Where each is kept; SUMMED: at every position."""
     complement: bool = False
-
-    @property
-    def keeps_error(self) -> bool:
-        """e of the module's formula."""
-        return self.error != self.complement
 
     @property
     def empty(self) -> bool:
         """Whether every node is replaced."""
-        return not (self.complement or self.error or len(self.features))
+        return not (self.complement or len(self.feature))
 
-    def factors(self, d_dict: int) -> Float[Tensor, " d_dict"]:
-        """c − e for every feature."""
-        inside = torch.zeros(d_dict)
-        inside[self.features] = 1
-        return (inside - float(self.error)) * (-1 if self.complement else 1)
+    @property
+    def by_position(self) -> bool:
+        """Whether what is kept depends on the position."""
+        return bool((self.position != SUMMED).any())
+
+    def members(self, d_dict: int, pos: int) -> Bool[Tensor, "pos d_dict_plus_1"]:
+        """c of every feature and e of the error (last column) at every position."""
+        inside = torch.zeros(pos, d_dict + 1, dtype=torch.bool, device=self.feature.device)
+        column = torch.where(self.feature == ERROR, d_dict, self.feature)
+        everywhere = self.position == SUMMED
+        inside[:, column[everywhere]] = True
+        there = ~everywhere & (self.position < pos)
+        inside[self.position[there], column[there]] = True
+        return ~inside if self.complement else inside
 
 
 KeptNodes = Mapping[str, Kept]
@@ -62,7 +70,7 @@ KeptNodes = Mapping[str, Kept]
 
 def complement(circuit: KeptNodes) -> dict[str, Kept]:
     """All other nodes of the same sites."""
-    return {site: Kept(kept.features, kept.error, not kept.complement) for site, kept in circuit.items()}
+    return {site: Kept(kept.feature, kept.position, not kept.complement) for site, kept in circuit.items()}
 
 
 @dataclass(frozen=True)
@@ -164,18 +172,22 @@ def ablated(
     :raises UserError: there is no replacement for a token.
     """
     dictionary = site.dictionary
-    factors = torch.stack([one.factors(dictionary.d_dict) for one in kept]).to(dictionary.W_dec)
-    error = torch.tensor([one.keeps_error for one in kept], device=x.device)
+    factors, error = _factors(kept, dictionary, rows.mask.shape[1])
     row, position = rows.mask.nonzero(as_tuple=True)
     circuit = rows.circuit[row]
+    slot = position if factors.shape[1] > 1 else torch.zeros_like(position)
     cells, cell = rows.cell[row, position].unique(return_inverse=True)
+    at = torch.zeros_like(cells).scatter_(0, cell, slot)  # the position of a cell
     here = x[row, position].to(factors.dtype)
-    changed = _constants(site.replacement, cells, factors, error, dictionary.W_dec)[circuit, cell]
-    changed = changed + here * error[circuit, None]
-    encoded = factors.any(1)[circuit].nonzero()[:, 0]
+    changed = _constants(site.replacement, cells, factors[:, at], error[:, at], dictionary.W_dec)[
+        circuit, cell
+    ]
+    changed = changed + here * error[circuit, slot, None]
+    encoded = factors.any(2)[circuit, slot].nonzero()[:, 0]
     if len(encoded):
         codes = dictionary.encode(here[encoded], position[encoded])
-        factor = factors[circuit[encoded][codes.rows()], codes.features]
+        token = encoded[codes.rows()]
+        factor = factors[circuit[token], slot[token], codes.features]
         weighted = codes.with_values(codes.values * factor).where(factor != 0)
         changed = changed.index_add(0, encoded, decode_codes(weighted, dictionary.W_dec))
     if bool(changed.isnan().any()):
@@ -185,11 +197,21 @@ def ablated(
     return result
 
 
+def _factors(
+    kept: Sequence[Kept], dictionary: Dictionary, pos: int
+) -> tuple[Float[Tensor, "circuits slots d_dict"], Float[Tensor, "circuits slots"]]:
+    """c − e and e of every circuit; one slot serves all positions if no circuit distinguishes them."""
+    slots = pos if any(one.by_position for one in kept) else 1
+    members = torch.stack([one.members(dictionary.d_dict, slots) for one in kept]).to(dictionary.W_dec)
+    error = members[..., -1]
+    return members[..., :-1] - error[..., None], error
+
+
 def _constants(
     replacement: Replacement,
     cells: Int64[Tensor, " used"],
-    factors: Float[Tensor, "circuits d_dict"],
-    error: Bool[Tensor, " circuits"],
+    factors: Float[Tensor, "circuits used d_dict"],
+    error: Float[Tensor, "circuits used"],
     W_dec: Float[Tensor, "d_dict d_model"],
 ) -> Float[Tensor, "circuits used d_model"]:
     """(1 − e)·x̄ − Σ_i (c_i − e)·r_i·W_dec[i]: what does not depend on the prompt."""
@@ -198,8 +220,8 @@ def _constants(
     features, rows = features[:, used], W_dec[used]
     return torch.stack(
         [
-            (1 - keeps) * whole - (features * factor[used]) @ rows
-            for factor, keeps in zip(factors, error.to(factors.dtype), strict=True)
+            (1 - keeps)[:, None] * whole - (features * factor[:, used]) @ rows
+            for factor, keeps in zip(factors, error, strict=True)
         ]
     )
 
@@ -210,7 +232,8 @@ class Prompts:
 
     pairs: TokenPairs
     cell: Int64[Tensor, "n pos"]
-    first: Float[Tensor, "n pos d_model"]
+    first: Float[Tensor, "n pos d_model"] | None
+    """None if the first site is no full cut of the model: then passes start from the tokens."""
     reference: Float[Tensor, "n vocab"] | None = None
     """Logits of the clean run, for the metric kl."""
 
@@ -244,7 +267,7 @@ def run_circuits(
     circuit, prompt = index.unbind(1)
     used, local = circuit.unique(return_inverse=True)
     chosen = [circuits[number] for number in used.tolist()]
-    begin = min(first_needed(one, sites) for one in chosen)
+    begin = 0 if prompts.first is None else min(first_needed(one, sites) for one in chosen)
     pairs = trimmed(prompts.pairs[prompt.cpu()])
     length = pairs.mask.shape[1]
     these = Rows(local, prompts.cell[prompt, :length], pairs.mask.bool())
@@ -253,14 +276,16 @@ def run_circuits(
         kept = [one[site.name] for one in chosen]
         return lambda x: ablated(x, site, kept, these)
 
-    # From a later site only empty circuits start, of which nothing that arrives there is kept.
-    start = change(sites[begin])(prompts.first[prompt, :length])
+    start = None
+    if prompts.first is not None:
+        # From a later site only empty circuits start, of which nothing that arrives there is kept.
+        start = (sites[begin].name, change(sites[begin])(prompts.first[prompt, :length]))
     this = run(
         lm,
         pairs.clean,
         these.mask,
-        start=(sites[begin].name, start),
-        replace={site.name: change(site) for site in sites[begin + 1 :]},
+        start=start,
+        replace={site.name: change(site) for site in (sites if start is None else sites[begin + 1 :])},
     )
     logits = answer_logits(lm, this, pairs.position)
     reference = None if prompts.reference is None else prompts.reference[prompt]
@@ -268,8 +293,9 @@ def run_circuits(
 
 
 def clean_logits(lm: LanguageModel, site: str, prompts: Prompts) -> Float[Tensor, "n vocab"]:
-    """Logits of the prompts with nothing replaced, run from the cached activations of ``site``."""
-    this = run(lm, prompts.pairs.clean, prompts.pairs.mask, start=(site, prompts.first))
+    """Logits of the prompts with nothing replaced, run from the cached activations of ``site`` if there are any."""
+    start = None if prompts.first is None else (site, prompts.first)
+    this = run(lm, prompts.pairs.clean, prompts.pairs.mask, start=start)
     return answer_logits(lm, this, prompts.pairs.position)
 
 

@@ -111,6 +111,78 @@ def write_graphml(path: Path, circuit: Circuit) -> None:
         networkx.write_graphml_xml(graph, temporary)
 
 
+DOT_COLOURS = {"positive": "#2166ac", "negative": "#b2182b", "error": "#d98200", "metric": "#1c2024"}
+"""Of the figures' palette."""
+DOT_WIDTHS = 0.5, 5.0
+
+
+def write_dot(path: Path, circuit: Circuit, labels: Mapping[str, str] | None = None) -> None:
+    """Write a circuit for Graphviz: from the bottom up, sites in ranks, looks as in the figure.
+
+    :param labels: more text for nodes, by id, for example what features fire on; it goes on a line of its own.
+    """
+    from circuitflow.store.files import atomic_path
+
+    told = labels or {}
+    lines = [
+        "digraph circuit {",
+        "  rankdir=BT;",
+        '  node [fontname="DejaVu Sans", fontsize=10, style=filled];',
+    ]
+    top = max((abs(node.score) for node in circuit.nodes), default=0.0) or 1.0
+    for site in circuit.sites:
+        nodes = circuit.at(site)
+        if nodes:
+            named = [f"  {_dot_node(node, told.get(node.id, ''), abs(node.score) / top)}" for node in nodes]
+            lines += [f"  subgraph {_quoted('rank ' + site)} {{", "    rank=same;"]
+            lines += [f"  {line}" for line in named] + ["  }"]
+    looks = {"shape": "diamond", "fillcolor": DOT_COLOURS["metric"], "fontcolor": "white", "site": METRIC}
+    lines.append(f"  {_quoted(METRIC)} [{_attributes({'label': METRIC, **looks})}];")
+    widest = max((abs(edge.weight) for edge in circuit.edges), default=0.0) or 1.0
+    lines += [f"  {_dot_edge(edge, abs(edge.weight) / widest)}" for edge in circuit.edges]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
+
+
+def _dot_node(node: Node, more: str, share: float) -> str:
+    error = node.kind == "error"
+    colour = DOT_COLOURS["positive" if node.score >= 0 else "negative"]
+    text = f"{node.id}\n{node.score:+.3g}" + (f"\n{more}" if more else "")
+    looks = {
+        "label": text,
+        "shape": "triangle" if error else "box",
+        "color": DOT_COLOURS["error"] if error else colour,
+        "fillcolor": f"{colour}{round(255 * (0.05 + 0.5 * share)):02x}",
+        "penwidth": "2" if error else "1",
+        "site": node.site,
+        "kind": node.kind,
+        "feature": str(node.feature),
+        "score": repr(float(node.score)),
+    }
+    place = {} if node.position is None else {"position": str(node.position)}
+    return f"{_quoted(node.id)} [{_attributes({**looks, **place})}];"
+
+
+def _dot_edge(edge: Edge, share: float) -> str:
+    thin, thick = DOT_WIDTHS
+    looks = {
+        "color": DOT_COLOURS["positive" if edge.weight >= 0 else "negative"],
+        "penwidth": f"{thin + (thick - thin) * share**0.5:.2f}",
+        "effect": repr(float(edge.weight)),
+    }
+    return f"{_quoted(edge.up)} -> {_quoted(edge.down)} [{_attributes(looks)}];"
+
+
+def _attributes(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={_quoted(value)}" for name, value in values.items())
+
+
+def _quoted(text: str) -> str:
+    """A DOT string: quotes and backslashes escaped, line breaks as ``\\n``."""
+    safe = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + safe.replace("\r", "").replace("\n", "\\n") + '"'
+
+
 def without_path_to_metric(nodes: Iterable[Node], edges: Iterable[Edge]) -> list[str]:
     """Ids of the nodes from which no chain of edges leads to the metric, in the order given."""
     into: dict[str, list[str]] = {}

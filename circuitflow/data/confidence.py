@@ -29,7 +29,7 @@ class Confidence:
 
     right_logit: Float[np.ndarray, " n"]
     wrong_logit: Float[np.ndarray, " n"]
-    """Several answers joined as the metric joins them."""
+    """Several answers joined as the metric joins them; without any, of the likeliest token that is not right."""
     probability: Float[np.ndarray, " n"]
     """Of all right answers together."""
     rank: Int64[np.ndarray, " n"]
@@ -48,7 +48,8 @@ def filter_pairs(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Out
 
     Inputs: ``model`` (manifest), ``train``, ``test`` (token tables). Params: ``min_difference`` (least logit(right) −
     logit(wrong)), ``min_probability``, ``max_rank`` (None: no threshold), ``metric`` (how several answers are joined),
-    ``dtype``, ``compute``.
+    ``dtype``, ``compute``. A prompt without wrong answers is held against the likeliest token that is not right:
+    its difference is positive where the right answer is the model's first choice.
 
     :raises UserError: no pair of a split passes.
     """
@@ -86,10 +87,24 @@ def measure(lm: LanguageModel, pairs: TokenPairs, metric: Metric, side: str, wha
         probability = log_probability.gather(-1, good.clamp(min=0)).exp().masked_fill(good < 0, 0).sum(-1)
         rank = 1 + (logits > best[:, None]).sum(-1)
         for column, values in zip(
-            columns, (metric.joined(logits, good), metric.joined(logits, bad), probability, rank), strict=True
+            columns,
+            (metric.joined(logits, good), _wrong_logit(metric, logits, good, bad), probability, rank),
+            strict=True,
         ):
             column.append(values.cpu())
     return Confidence(*(torch.cat(column).numpy() for column in columns))
+
+
+def _wrong_logit(
+    metric: Metric, logits: Float[Tensor, "batch vocab"], good: Tensor, bad: Tensor
+) -> Float[Tensor, " batch"]:
+    """Wrong answers joined; where there are none, the largest logit of a token that is not right."""
+    row, place = (good >= 0).nonzero(as_tuple=True)
+    right = torch.zeros_like(logits, dtype=torch.bool)
+    right[row, good[row, place]] = True
+    best_other = logits.masked_fill(right, -torch.inf).amax(-1)
+    given = (bad >= 0).any(-1)
+    return torch.where(given, metric.joined(logits, bad), best_other) if bool(given.any()) else best_other
 
 
 def passes(found: Confidence, thresholds: Mapping[str, Any]) -> np.ndarray:

@@ -20,7 +20,7 @@ JOINS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """How the logits of several answers on one side become one; a single answer is left as it is."""
 
-KINDS = ("logit_difference", "log_probability", "kl")
+KINDS = ("logit_difference", "logit", "log_probability", "kl")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Metric:
     """A number per prompt, in nats or logits, differentiable in the logits.
 
     - ``logit_difference``: logit(wrong) − logit(right).
+    - ``logit``: −logit(right), which needs no wrong answer.
     - ``log_probability``: −log p(right), the probability of all right answers together (``max``: of the likeliest).
     - ``kl``: KL(reference ‖ model), 0 where the logits are those of the reference run.
     """
@@ -53,6 +54,8 @@ class Metric:
         """
         if self.kind == "logit_difference":
             return self.joined(logits, wrong) - self.joined(logits, right)
+        if self.kind == "logit":
+            return -self.joined(logits, right)
         if self.kind == "log_probability":
             return -self.joined(logits.log_softmax(-1), right)
         if reference is None:

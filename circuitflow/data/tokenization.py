@@ -30,7 +30,7 @@ def tokenize_pairs(inputs: Mapping[str, Path], params: Mapping[str, Any], out: O
     :raises UserError: nothing is left of a split, or the tokenizer lacks what is asked for.
     """
     reader = PromptReader(load_tokenizer(inputs["model"]), params)
-    dropped = _Drops()
+    dropped = Drops()
     tokenized = {
         split: _unique(split, _tokenized(split, read_pairs(inputs[split]), reader, dropped), dropped)
         for split in SPLITS
@@ -87,7 +87,7 @@ ADVICE_ON_ANSWERS = "use answers that are single tokens of this model, or anothe
 """What to do when most pairs of a split are dropped for a reason."""
 
 
-class _Drops:
+class Drops:
     """The table of dropped pairs, filled on the way."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class _Drops:
         logger.info("%s: %d pairs kept, %d dropped%s", split, kept, len(rows), f" ({shown})" if shown else "")
 
 
-def _tokenized(split: str, pairs: Sequence[Pair], reader: PromptReader, dropped: _Drops) -> list[TokenPair]:
+def _tokenized(split: str, pairs: Sequence[Pair], reader: PromptReader, dropped: Drops) -> list[TokenPair]:
     found = []
     for number, pair in enumerate(pairs):
         try:
@@ -128,7 +128,7 @@ def _tokenized(split: str, pairs: Sequence[Pair], reader: PromptReader, dropped:
     return found
 
 
-def _unique(split: str, pairs: Sequence[TokenPair], dropped: _Drops) -> list[TokenPair]:
+def _unique(split: str, pairs: Sequence[TokenPair], dropped: Drops) -> list[TokenPair]:
     first: dict[tuple[Any, ...], int] = {}
     kept = []
     for pair in pairs:
@@ -141,7 +141,7 @@ def _unique(split: str, pairs: Sequence[TokenPair], dropped: _Drops) -> list[Tok
     return kept
 
 
-def _fits(split: str, pair: TokenPair, bounds: Mapping[str, tuple[int, int]], dropped: _Drops) -> bool:
+def _fits(split: str, pair: TokenPair, bounds: Mapping[str, tuple[int, int]], dropped: Drops) -> bool:
     low, high = bounds[pair.source.case]
     length = len(pair.clean)
     if not low <= length <= high:

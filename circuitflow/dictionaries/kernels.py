@@ -1,4 +1,4 @@
-"""Compiled loops for the sparse parts of a training step on the CPU: selecting entries, dot products, transposing.
+"""Compiled loops for the sparse parts of dictionaries on the CPU: selecting entries, dot products, transposing.
 
 What torch has no quick form for is here; sums of rows stay with its ``embedding_bag``. Vectors are shared out among
 ``torch.get_num_threads()`` threads in runs of neighbours, and each row of a result is made by one thread in a fixed
@@ -89,6 +89,18 @@ def products(
     with _LOCK:
         _products(*arrays, _parts(codes.n), _array(out))
     return out
+
+
+def difference(first: Codes, second: Codes) -> Codes:
+    """second − first, with an entry for every feature that is active in either."""
+    given = (_array(first.offsets), _array(first.features), _array(first.values))
+    others = (_array(second.offsets), _array(second.features), _array(second.values))
+    features = np.empty(first.nnz + second.nnz, np.int64)
+    values, offsets = np.empty(len(features), given[2].dtype), np.empty(first.n + 1, np.int64)
+    n = _difference(*given, *others, offsets, features, values)
+    return Codes(
+        torch.from_numpy(offsets), torch.from_numpy(features[:n]), torch.from_numpy(values[:n]), first.d_dict
+    )
 
 
 def by_feature_with(
@@ -303,6 +315,24 @@ def _products(
                 for i in range(len(vector)):
                     total += vector[i] * direction[i]
                 out[entry] = total
+
+
+@_compiled()
+def _difference(
+    offsets: Array, features: Array, values: Array, other_offsets: Array, other_features: Array, other: Array,
+    new_offsets: Array, new_features: Array, new_values: Array,
+) -> int:  # fmt: skip
+    written, new_offsets[0] = 0, 0
+    for r in range(len(offsets) - 1):
+        i, j = offsets[r], other_offsets[r]
+        while i < offsets[r + 1] or j < other_offsets[r + 1]:
+            left = i < offsets[r + 1] and (j == other_offsets[r + 1] or features[i] <= other_features[j])
+            right = j < other_offsets[r + 1] and (i == offsets[r + 1] or other_features[j] <= features[i])
+            new_features[written] = features[i] if left else other_features[j]
+            new_values[written] = (other[j] if right else 0) - (values[i] if left else 0)
+            written, i, j = written + 1, i + left, j + right
+        new_offsets[r + 1] = written
+    return written
 
 
 @_compiled()

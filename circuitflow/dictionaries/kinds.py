@@ -124,6 +124,13 @@ def identity(request: Request, data: Data) -> Dictionary:
     return Dictionary("identity", at, at, "nonzero", rows, zeros, rows, zeros, NO_SKIP)
 
 
+def none(request: Request, data: Data) -> Dictionary:
+    """No features: the site is one error node, the whole vector."""
+    zeros, at = torch.zeros(request.d_model), (request.site,)
+    rows, biases = torch.zeros(0, request.d_model), torch.zeros(0)
+    return Dictionary("none", at, at, "nonzero", rows, biases, rows, zeros, NO_SKIP)
+
+
 TRAINED: dict[str, Callable[[Request], Objective]] = {
     "topk": topk,
     "batchtopk": batchtopk,
@@ -132,7 +139,11 @@ TRAINED: dict[str, Callable[[Request], Objective]] = {
     "jumprelu": jumprelu,
     "gated": gated,
 }
-MADE: dict[str, Callable[[Request, Data], Dictionary]] = {"random": random, "identity": identity}
+MADE: dict[str, Callable[[Request, Data], Dictionary]] = {
+    "random": random,
+    "identity": identity,
+    "none": none,
+}
 
 
 def check_request(request: Request) -> None:

@@ -17,6 +17,9 @@ from transformers.masking_utils import eager_mask
 ATTENTION = "circuitflow"
 """Name under which transformers finds :func:`attend`."""
 
+RULE = "circuitflow_rule"
+"""Attribute of an attention module that changes its derivative (never its values): "frozen" or "half"."""
+
 
 def attend(
     module: torch.nn.Module,
@@ -45,8 +48,19 @@ def attend(
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
-    mixed = torch.matmul(weights.view(batch, kv_heads, -1, pos), value)
+    mixed = _mixed(weights.view(batch, kv_heads, -1, pos), value, getattr(module, RULE, None))
     return mixed.view(batch, heads, pos, d_head).transpose(1, 2).contiguous(), None
+
+
+def _mixed(weights: Tensor, value: Tensor, rule: str | None) -> Tensor:
+    """weights @ value; with the rule "frozen" the weights are constants, with "half" each factor passes half."""
+    if rule == "frozen":
+        return torch.matmul(weights.detach(), value)
+    mixed = torch.matmul(weights, value)
+    if rule is None:
+        return mixed
+    half = 0.5 * (torch.matmul(weights, value.detach()) + torch.matmul(weights.detach(), value))
+    return mixed.detach() + (half - half.detach())
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -49,6 +49,8 @@ class Style:
     dpi: int = 200
     font_size: float = 9.0
     palette: Palette = field(default_factory=Palette)
+    subject: str = ""
+    """What the figure is of, where several tasks have figures of one kind; stands before the footnote."""
 
 
 def style_of(params: Mapping[str, Any]) -> Style:
@@ -143,6 +145,7 @@ def footnote(figure: Figure, text: str, style: Style) -> None:
     """Small lines below everything, as wide as the figure: n, intervals, conventions."""
     size = style.font_size * TINY * 1.06
     width = figure.get_size_inches()[0] * 0.97
+    text = f"{style.subject}. {text}" if style.subject else text
     lines = [line for paragraph in text.split("\n") for line in wrapped(paragraph, width, size)]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=size, color=style.palette.muted)
 

@@ -15,7 +15,7 @@ Table = Mapping[str, np.ndarray]
 Z95 = 1.959964
 ASSEMBLED = "assembled"
 """Source of the rows of a faithfulness table that tell of the circuit itself."""
-UNITS = {"logit_difference": "logits", "log_probability": "nats", "kl": "nats"}
+UNITS = {"logit_difference": "logits", "logit": "logits", "log_probability": "nats", "kl": "nats"}
 
 
 def rows(table: Table, **conditions: object) -> dict[str, np.ndarray]:

@@ -20,6 +20,13 @@ NOTE = (
 )
 
 
+NOTE_WITHOUT_WRONG = (
+    "Contexts before the confidence filter; there are no wrong answers. Left: share whose right answer is the "
+    "model's first choice, with 95 % Wilson intervals. Right: the right answer's logit less that of the likeliest "
+    "other token; bars show the middle half and 90 % of the contexts, the dot the median."
+)
+
+
 def plot_task_accuracy(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. Accuracy and logit differences per structure.
 
@@ -40,12 +47,20 @@ def draw(prompts: Table, style: Style) -> Figure:
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     left.set_yticks(range(len(cases)), [case.replace("_", " ") for case in cases])
     left.set_ylim(len(cases) - 0.5, -0.5)
-    footnote(figure, NOTE, style)
+    note = NOTE if _opposed(prompts) else NOTE_WITHOUT_WRONG
+    if prompts["kept"].all():  # of a cluster, or where no threshold is set
+        note = note.replace(" before the confidence filter", "")
+    footnote(figure, note, style)
     return figure
 
 
 def _offsets(splits: Sequence[str]) -> dict[str, float]:
     return dict(zip(splits, np.linspace(-0.16, 0.16, len(splits)) if len(splits) > 1 else [0.0], strict=True))
+
+
+def _opposed(prompts: Table) -> bool:
+    """Whether prompts have wrong answers."""
+    return bool(np.any(prompts["wrong_answer"] != ""))
 
 
 def _accuracy(axes: Axes, table: Table, cases: Sequence[str], style: Style) -> None:
@@ -68,8 +83,9 @@ def _accuracy(axes: Axes, table: Table, cases: Sequence[str], style: Style) -> N
             capsize=2,
             label=f"{split} ({n.sum()} prompts)",
         )
-    axes.axvline(0.5, color=style.palette.muted, linewidth=0.8, linestyle=":")
-    axes.text(0.5, -0.46, " chance", fontsize=style.font_size * 0.75, color=style.palette.muted, va="top")
+    if _opposed(table):
+        axes.axvline(0.5, color=style.palette.muted, linewidth=0.8, linestyle=":")
+        axes.text(0.5, -0.46, " chance", fontsize=style.font_size * 0.75, color=style.palette.muted, va="top")
     axes.set(xlabel="accuracy", title="Accuracy", xlim=(min(0.45, axes.get_xlim()[0]), 1.02))
     grid(axes, "x")
 
@@ -90,5 +106,6 @@ def _differences(axes: Axes, table: Table, cases: Sequence[str], style: Style) -
                 [p50], [y], "o", color=colour, markersize=4.5, markeredgecolor="white", markeredgewidth=0.7
             )
     axes.axvline(0, color=style.palette.muted, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="logit(right answer) − logit(wrong answer)", title="Logit difference")
+    wrong = "wrong answer" if _opposed(table) else "likeliest other"
+    axes.set(xlabel=f"logit(right answer) − logit({wrong})", title="Logit difference")
     grid(axes, "x")

@@ -22,6 +22,10 @@ TITLES = {
     "top_features": "Top nodes and what they fire on",
     "faithfulness": "Faithfulness and completeness",
     "circuit": "The circuit",
+    "clusters": "Clusters of contexts",
+    "circuit_positions": "The circuit over the tokens of a prompt",
+    "stability": "Stability of the circuit",
+    "methods": "Methods of scoring nodes",
 }
 
 

@@ -24,8 +24,9 @@ def _task(result: Result) -> Iterator[str]:
     low, high = wilson(int(right.sum()), len(right))
     shares = {case: float(right[prompts["case"] == case].mean()) for case in dict.fromkeys(prompts["case"])}
     worst = min(shares, key=shares.__getitem__)
+    largest = "larger" if result.opposed else "largest"
     sentence = (
-        f"{result.model} gives the right answer the larger logit on {percent(float(right.mean()))} "
+        f"{result.model} gives the right answer the {largest} logit on {percent(float(right.mean()))} "
         f"(95 % interval {percent(low)} to {percent(high)}) of {counted(len(right), 'prompt')}"
     )
     differ = max(shares.values()) > shares[worst]

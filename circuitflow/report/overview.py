@@ -9,6 +9,7 @@ from circuitflow.report.result import Result
 
 METRICS = {
     "logit_difference": "m = logit(wrong answer) − logit(right answer)",
+    "logit": "m = −logit(right answer)",
     "log_probability": "m = −log p(right answer)",
     "kl": "m = KL divergence from the model's own predictions",
 }

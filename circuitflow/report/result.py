@@ -42,13 +42,18 @@ class Result:
 
     @property
     def task(self) -> str:
-        """Name of the task."""
-        return str(self.config["task"]["name"])
+        """Name of the task, or of one of its clusters."""
+        return str(self.circuit.provenance.get("task", self.config["task"]["name"]))
 
     @property
     def unit(self) -> str:
         """Unit of the metric and of effects on it."""
         return unit_of(self.config["task"].get("metric"))
+
+    @property
+    def opposed(self) -> bool:
+        """Whether prompts have wrong answers; if not, the likeliest other token takes their place."""
+        return bool(np.any(self.prompts["wrong_answer"] != ""))
 
     def curve(self, series: str) -> dict[str, np.ndarray]:
         """One series of the faithfulness table ("circuit", "complement", "random"), by rising number of nodes."""

@@ -56,12 +56,13 @@ def anchor(site: str, feature: int) -> str:
 
 def task_table(result: Result) -> PageTable:
     """Accuracy and margins per structure and split."""
+    wrong = "wrong" if result.opposed else "likeliest other token"
     columns = (
         Column("structure", numeric=False),
         Column("split", numeric=False),
         Column("prompts"),
-        Column("accuracy", "share with logit(right) > logit(wrong); 95 % Wilson interval"),
-        Column("logit difference", "logit(right) − logit(wrong), median over prompts"),
+        Column("accuracy", f"share with logit(right) > logit({wrong}); 95 % Wilson interval"),
+        Column("logit difference", f"logit(right) − logit({wrong}), median over prompts"),
         Column("probability", "of the right answer, median over prompts"),
         Column("pairs kept", "pairs whose clean prompt passes task.confidence"),
     )

@@ -69,9 +69,13 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     copy = fresh_copy(tmp_path_factory.mktemp("dry") / "copy")
     for file in (copy / "rules").glob("*.smk"):  # a rule with a message shows that instead of its resources
         file.write_text(re.sub(r"\n *message:\n.*", "", file.read_text()))
-    with open(copy / "configs" / "tiny.yaml", "a") as file:
+    tiny = copy / "configs" / "tiny.yaml"
+    pairs = "pairs: {kind: generate, train: 60, test: 12}\n"
+    assert pairs in tiny.read_text()
+    tiny.write_text(tiny.read_text().replace(pairs, f"{pairs}  clusters: {{site: resid.1, count: 2}}\n"))
+    with open(tiny, "a") as file:
         file.write("\nstudy: {name: kinds, site: resid.1, variants: [{kind: topk, k: [4, 8]}]}\n")
-    shown = snakemake(copy, "--profile", "slurm", "--dry-run", "--", "all", "study")
+    shown = snakemake(copy, "--profile", "slurm", "--dry-run", "--", "all", "study", "methods")
     blocks = re.findall(r"^ *rule (\w+):\n((?: {4,}(?!rule ).*\n)+)", shown, flags=re.MULTILINE)
     return {rule: " ".join(re.findall(r"((?:threads|resources): .*)", block)) for rule, block in blocks}
 

@@ -206,3 +206,23 @@ def test_a_split_without_confident_pairs_tells_the_best_values(
         UserError, match=r"No train pair passes task.confidence \(min_difference 50.0, min_prob.*rank 1"
     ):
         staged(tmp_path, tables, lm, monkeypatch, min_difference=50.0)
+
+
+@pytest.mark.parametrize("join", ["max", "logsumexp"])
+def test_without_wrong_answers_the_likeliest_other_token_takes_their_place(
+    lm: LanguageModel, tmp_path: Path, join: str
+) -> None:
+    table = columns(n=12, unpaired=12)
+    table["wrong"], table["wrong_tokens"] = [[]] * 12, [[]] * 12
+    write_table(tmp_path / "text.parquet", table)
+    pairs = load_token_pairs(tmp_path / "text.parquet")
+    assert pairs.wrong.shape == (12, 0)
+    found = measure(lm, pairs, Metric("logit", join), "clean")
+    for row in range(12):
+        with torch.no_grad():
+            logits = lm.hf(torch.tensor([table["clean"][row]])).logits[0, table["position"][row]].double()
+        right = table["right"][row]
+        others = [float(value) for token, value in enumerate(logits) if token not in right]
+        assert found.wrong_logit[row] == pytest.approx(max(others), abs=1e-4)
+        if len(right) == 1:
+            assert (found.difference[row] > 0) == (found.rank[row] == 1)

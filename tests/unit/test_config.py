@@ -39,7 +39,60 @@ def test_ready_made_configurations_are_valid(file: str) -> None:
 
 STUDY = {"name": "kinds", "site": "resid.12", "seeds": [0, 1], "variants": [{"kind": "topk", "k": [16, 32]}]}
 
+TEXT = {
+    "name": "text",
+    "pairs": {"kind": "text", "train": 20, "test": 10, "length": 8},
+    "metric": {"kind": "logit"},
+}
+BUNDLED = [{"kind": "bundled", "tokens": 5000}]
+
+
+def text(**changes: Any) -> Callable[[dict], None]:
+    """A valid configuration of contexts of text, but for the changes of its task."""
+
+    def edit(config: dict) -> None:
+        config["task"] = {**copy.deepcopy(TEXT), **changes}
+        config["corpus"]["sources"] = BUNDLED
+
+    return edit
+
+
+def test_contexts_of_text_need_no_more_than_their_number_and_length() -> None:
+    config = copy.deepcopy(DEFAULT)
+    text(clusters={"site": "resid.12"})(config)
+    task = parse_config(config).task
+    assert task.pairs.kind == "text"
+    assert task.clusters is not None
+    assert (task.clusters.by, task.clusters.count) == ("gradients", 4)
+
+
 MISTAKES = [
+    (
+        put("task", TEXT),
+        "Key corpus.sources has kind task, but pairs of kind text come from the corpus",
+    ),
+    (
+        text(metric={}),
+        "Key task.metric.kind is logit_difference, but contexts of kind text have no wrong answer; use logit or",
+    ),
+    (
+        text(metric={"kind": "kl"}),
+        "Key task.metric.kind is kl, but contexts of kind text have no patched prompt; use logit or",
+    ),
+    (
+        text(metric={"kind": "logit", "position": 3}),
+        "Key task.metric.position is 3, but contexts of kind text are",
+    ),
+    (text(chat_template=True), "Key task.chat_template is True, but contexts of kind text are"),
+    (text(pairs={"kind": "text", "len": 3}), "Unknown key task.pairs.len; did you mean 'length'?"),
+    (
+        text(clusters={"site": "resid.13"}),
+        "Key task.clusters.site is resid.13, which is not in sites; did you mean 'resid.1",
+    ),
+    (
+        put("task/clusters", {"site": "resid.12", "count": 1}),
+        "Key task.clusters.count is 1, but it should be",
+    ),
     (put("colour", 1), "Unknown key colour;"),
     (put("dictionaries/kk", 3), "Unknown key dictionaries.kk; did you mean 'k'?"),
     (put("dictionaries/k", "a"), "Key dictionaries.k is 'a', but it should be a valid integer."),
@@ -58,7 +111,7 @@ MISTAKES = [
     (put("sites", ["resid.x"]), "Site 'resid.x' needs a layer"),
     (put("sites", ["residd.3"]), "did you mean 'resid'?"),
     (put("sites", ["resid.3", "resid.3"]), "Key sites lists resid.3 more than once"),
-    (put("sites", ["mlp.3"]), "residual sites only"),
+    (put("sites", ["mlp_in.3"]), "Key sites has mlp_in.3, which is only read, by transcoders"),
     (put("model/architecture", "lama"), "did you mean 'llama'?"),
     (put("model/source/kind", "whel"), "Key model.source.kind is whel; did you mean 'wheel'?"),
     (put("model/source/sha", "x"), "Unknown key model.source.sha; did you mean 'sha256'?"),
@@ -66,7 +119,12 @@ MISTAKES = [
         put("model/source", {"kind": "path", "path": "configz"}),
         "Key model.source.path names configz, which does not exist",
     ),
-    (put("circuit/nodes", {"top": 3, "threshold": 0.1}), "exactly one of top and threshold is needed"),
+    (
+        put("circuit/nodes", {"top": 3, "threshold": 0.1}),
+        "exactly one of top, threshold, percentile, sparsity, zscore, effect_share and faithfulness is needed",
+    ),
+    (put("circuit/edges", {"faithfulness": 0.8}), "Unknown key circuit.edges.faithfulness"),
+    (put("scores/compare", ["atp", "atp"]), "compare needs at least two methods, each once"),
     (
         put("task/pairs", {"kind": "import", "train": "x.jsonl", "test": "y"}),
         "Key task.pairs.train names x.jsonl",

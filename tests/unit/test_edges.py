@@ -1,112 +1,275 @@
-"""Edges: batched products are single ones are finite differences; the stage sums them over pairs and can be resumed."""
+"""Edges: conserved for every list of sites, finite differences, exact in linear models; the stage can be resumed."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from circuitflow.attribution import edges, pullback
-from circuitflow.attribution.changes import changes_of, effects_of
+from circuitflow.attribution import edges
+from circuitflow.attribution.changes import changes_of
 from circuitflow.attribution.edges import PARTIAL, score_edges
-from circuitflow.attribution.pullback import End, edge_effects, pull_back, targets_of
+from circuitflow.attribution.ends import End, sources_of, targets_of
+from circuitflow.attribution.exact_edges import exact_effects
+from circuitflow.attribution.nodes import ERROR, METRIC, REST, SUMMED
+from circuitflow.attribution.paths import Blocks, is_direct, neighbours
+from circuitflow.attribution.pullback import Into, edge_effects, linked, pull_back
 from circuitflow.attribution.scores import score_pairs
 from circuitflow.dictionaries.dictionary import Skip, save_dictionary
-from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.running import run
-from circuitflow.store.tables import read_provenance, read_table, write_table
-from tests.fixtures.attribution_toy import cached_sites, cut, toy_dictionary, toy_pairs, write_gradients
+from circuitflow.store.tables import read_table, write_table
+from tests.fixtures.attribution_toy import METRIC as OF_TOY
+from tests.fixtures.attribution_toy import (
+    cached_sites,
+    cut,
+    metric_with,
+    toy_dictionary,
+    toy_pairs,
+    write_gradients,
+)
 
-WIDTH = 16
-UP, DOWN = "resid.0", "resid.1"
 SPLITS = ("train", "test")
+EVERY = ["embed", "attn.0", "mlp.0", "resid.0", "attn.1", "mlp.1", "resid.1"]
+LISTS = {
+    "residual": ["resid.0", "resid.1"],
+    "every": EVERY,
+    "sublayers": ["attn.0", "mlp.0", "attn.1", "mlp.1"],
+    "mlp": ["mlp.0", "mlp.1"],
+    "heads": ["embed", "z.0", "attn.0", "z.1", "mlp.1"],
+    "holes": ["embed", "mlp.0", "attn.1", "resid.1"],
+}
+MODELS = ["llama", "gpt2", "gpt_neox", "gemma2"]
 
 
-def blocks_between(lm, pairs, x, grad=False):
-    this = run(lm, pairs.clean, pairs.mask, start=(UP, x), capture=[UP, DOWN], grad=grad)
-    return this.sites[UP], this.sites[DOWN]
+def named(random_lm, model):
+    """A random model; "sequential" is GPT-NeoX with one sublayer after the other."""
+    settings = {"use_parallel_residual": False} if model == "sequential" else {}
+    return random_lm("gpt_neox" if settings else model, **settings)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gemma2"])
+def end_of(lm, site, number, positions="sum", pool=24):
+    """An end with the first ``pool`` features and the error, or some of these at every position."""
+    dictionary = toy_dictionary(site, lm.width(site), seed=number, skip=Skip((2,)) if number == 1 else Skip())
+    features = torch.tensor([*range(pool), ERROR])
+    if positions != "none":
+        return End(site, dictionary, features, torch.full_like(features, SUMMED))
+    place = torch.arange(6)
+    return End(site, dictionary, features.repeat_interleave(6), place.repeat(len(features)))
+
+
+def into_all(lm, sites, positions="sum", pool=24):
+    """What edges into every site and into the metric are computed from."""
+    ends = {site: end_of(lm, site, number, positions, pool) for number, site in enumerate(sites)}
+    blocks = Blocks(lm.n_layers, lm.arch.parallel)
+    found = {}
+    for down, ups in neighbours(sites, blocks).items():
+        direct = down != "metric" and is_direct(down, sites, blocks)
+        found[down] = Into(
+            down,
+            tuple(ends[up] for up in ups),
+            ends.get(down),
+            tuple(sites),
+            direct,
+            OF_TOY,
+            positions,
+        )
+    return ends, found
+
+
+def own(end, cached, pairs, positions="sum"):
+    """AtP effects of an end's nodes, (batch, nodes)."""
+    sources = sources_of(end, changes_of(end.dictionary, cached[end.site], pairs, positions))
+    return sources.effects(cached[end.site].gradient[None])[..., 0]
+
+
+@pytest.mark.parametrize("positions", ["sum", "none", "last"])
+@pytest.mark.parametrize("sites", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("model", [*MODELS, "sequential"])
+def test_edges_are_conserved(random_lm, model, sites, positions):
+    """Over all downstream nodes, rests and the metric, an upstream node's weights sum to its own effect."""
+    lm = named(random_lm, model)
+    pairs, pool = toy_pairs(), 5 if positions == "none" else 24
+    cached = cached_sites(lm, pairs, sites)
+    ends, into = into_all(lm, sites, positions, pool)
+    total = dict.fromkeys(sites, 0)
+    for one in into.values():
+        for site, weights in edge_effects(lm, pairs, one, cached, nodes_at_once=40).items():
+            total[site] = total[site] + weights.sum(2)
+    for site in sites:
+        expected = own(ends[site], cached, pairs, positions)
+        reads_token = site == "embed" or (site == "mlp.0" and lm.arch.parallel)
+        same_at_last = positions == "last" and reads_token  # both prompts end with the same token
+        assert same_at_last or expected.abs().max() > 1e-6
+        assert torch.allclose(torch.as_tensor(total[site]), expected, atol=1e-11), site
+
+
+@pytest.fixture(params=[*MODELS, "sequential"])
 def toy(request, random_lm):
-    """Model, pairs, both ends with all features in the pool, and the cached tensors."""
-    lm, pairs = random_lm(request.param), toy_pairs()
-    ends = [
-        End(site, toy_dictionary(site, WIDTH, seed=seed, skip=skip), torch.arange(24))
-        for seed, (site, skip) in enumerate(((UP, Skip()), (DOWN, Skip((2,)))))
-    ]
-    return lm, pairs, ends, cached_sites(lm, pairs, [UP, DOWN])
-
-
-def test_batched_products_are_one_by_one(toy):
-    lm, pairs, (_, down), cached = toy
-    x, y = blocks_between(lm, pairs, cached[UP].clean, grad=True)
-    targets = targets_of(down, cached[DOWN], pairs)
-    cotangents = targets.cotangents(targets.nodes, y)
-    assert len(cotangents) > 10
-    batched = pull_back(y, x, cotangents, keep_graph=True)
-    for index, cotangent in enumerate(cotangents):
-        (single,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
-        assert torch.allclose(batched[index], single, rtol=1e-12, atol=1e-14)
+    """Model, pairs, ends and everything that leads into a site, for the list of every site."""
+    lm = named(random_lm, request.param)
+    pairs = toy_pairs(4)
+    ends, into = into_all(lm, EVERY)
+    return lm, pairs, ends, into, cached_sites(lm, pairs, EVERY)
 
 
 def test_edges_are_finite_differences(toy):
-    """Each upstream node is moved along its change; what each downstream node then passes on is read off."""
-    lm, pairs, (up, down), cached = toy
-    weights = edge_effects(lm, pairs, up, down, cached[UP], cached[DOWN])
-    changes = changes_of(up.dictionary, cached[UP], pairs)
-    targets = targets_of(down, cached[DOWN], pairs)
-    _, y = blocks_between(lm, pairs, cached[UP].clean)
-    reading = torch.stack([targets.cotangents(torch.tensor([node]), y)[0] for node in range(26)])
-    values = changes.features.dense()
+    """Each upstream node is moved along its change, the other neighbours held; what each node passes on is read."""
+    lm, pairs, ends, into, cached = toy
     step = 1e-5
-    for node in (0, 3, 7, 12, 18, 24):
-        moved = (
-            changes.error(up.dictionary.W_dec)
-            if node == 24
-            else values[:, node, None] * up.dictionary.W_dec[node]
-        )
-        direction = torch.zeros_like(cached[UP].clean)
-        direction[changes.pair, changes.position] = moved
-        ends = [blocks_between(lm, pairs, cached[UP].clean + sign * step * direction)[1] for sign in (1, -1)]
-        slope = (ends[0] - ends[1]) / (2 * step)
-        expected = torch.einsum("nbtd,btd->bn", reading, slope)
-        assert torch.allclose(weights[:, node], expected, rtol=1e-6, atol=1e-9)
-    assert weights[:, 24, 24].abs().min() > 1e-6  # error to error
+    for down in ("mlp.0", "resid.0", "attn.1", "mlp.1", "resid.1"):
+        weights = edge_effects(lm, pairs, into[down], cached)
+        targets = targets_of(ends[down], cached[down], pairs)
+        reading = targets.cotangents(torch.arange(26), cached[down].clean)
+        for up in into[down].ups:
+            sources = sources_of(up, changes_of(up.dictionary, cached[up.site], pairs))
+            for node in (0, 7, 24):
+                direction = torch.zeros_like(cached[up.site].clean)
+                direction[sources.pair, sources.position] = sources.rows(node)
+                values = [
+                    linked(
+                        lm,
+                        pairs,
+                        into[down],
+                        cached,
+                        {up.site: cached[up.site].clean + sign * step * direction},
+                    ).sites[down]
+                    for sign in (1, -1)
+                ]
+                slope = (values[0] - values[1]) / (2 * step)
+                expected = torch.einsum("nbtd,btd->bn", reading, slope)
+                assert torch.allclose(weights[up.site][:, node], expected, rtol=1e-5, atol=1e-8)
+            errors = weights[up.site][:, 24]
+            assert errors[:, 24].abs().max() > 1e-6  # error to error
+            assert errors[:, :24].abs().max() > 1e-6  # error to features
+
+
+def test_closed_forms_are_products(toy):
+    """Edges into a block's output, where both sublayers are in the list, are those of a pass through the block."""
+    lm, pairs, _, into, cached = toy
+    for down in ("resid.0", "resid.1"):
+        assert into[down].direct
+        closed = edge_effects(lm, pairs, into[down], cached)
+        passed = edge_effects(lm, pairs, replace(into[down], direct=False), cached)
+        for site, weights in closed.items():
+            assert torch.allclose(weights, passed[site], atol=1e-13)
+
+
+def test_batched_products_are_one_by_one(toy):
+    lm, pairs, ends, into, cached = toy
+    this = linked(lm, pairs, into["mlp.1"], cached)
+    leaves = [this.sites[up.site] for up in into["mlp.1"].ups]
+    targets = targets_of(ends["mlp.1"], cached["mlp.1"], pairs)
+    cotangents = targets.cotangents(targets.present(), this.sites["mlp.1"])
+    assert len(cotangents) > 10
+    batched = pull_back(this.sites["mlp.1"], leaves, cotangents, keep_graph=True)
+    for index, cotangent in enumerate(cotangents):
+        single = torch.autograd.grad(this.sites["mlp.1"], leaves, cotangent, retain_graph=True)
+        for together, alone in zip(batched, single, strict=True):
+            assert torch.allclose(together[index], alone, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("positions", ["sum", "none"])
+def test_small_products_and_batches_change_nothing(random_lm, positions):
+    lm, pairs = random_lm("llama"), toy_pairs()
+    cached = cached_sites(lm, pairs, EVERY)
+    into = into_all(lm, EVERY, positions, 4)[1]["mlp.1"]
+    whole = edge_effects(lm, pairs, into, cached)
+    for site, weights in edge_effects(lm, pairs, into, cached, nodes_at_once=1).items():
+        assert torch.allclose(weights, whole[site], atol=1e-13)
+    for batch in cut(pairs, cached, 4):
+        for site, weights in edge_effects(lm, batch.pairs, into, batch.sites).items():
+            assert torch.allclose(weights, whole[site][batch.start : batch.stop], atol=1e-12)
+
+
+def test_positions_sum_to_what_is_summed(random_lm):
+    lm, pairs = random_lm("llama"), toy_pairs()
+    cached = cached_sites(lm, pairs, EVERY)
+    for down in ("attn.1", "resid.1", "metric"):
+        together = edge_effects(lm, pairs, into_all(lm, EVERY)[1][down], cached)
+        apart = edge_effects(lm, pairs, into_all(lm, EVERY, "none")[1][down], cached)
+        for site, weights in together.items():
+            ups, downs = weights.shape[1], weights.shape[2] - 1
+            each = apart[site][:, :, : downs * 6 or 1]
+            each = each.view(len(pairs), ups, 6, -1, 6 if downs else 1).sum((2, 4))
+            assert torch.allclose(each, weights[:, :, : downs or 1], atol=1e-12)
 
 
 def test_what_downstream_nodes_pass_on_sums_to_the_gradient(toy):
-    _, pairs, (_, down), cached = toy
-    some = End(down.site, down.dictionary, torch.tensor([3, 8, 9]))
-    targets = targets_of(some, cached[DOWN], pairs)
-    total = targets.cotangents(torch.arange(5), cached[DOWN].clean).sum(0)
-    expected = torch.zeros_like(total)
-    expected[targets.pair, targets.position] = cached[DOWN].gradient[targets.pair, targets.position]
-    assert torch.allclose(total, expected, atol=1e-13)
+    _, pairs, ends, _, cached = toy
+    for site in ("attn.0", "resid.1"):
+        some = replace(ends[site], feature=torch.tensor([3, 8, 9, ERROR]), position=torch.full((4,), SUMMED))
+        targets = targets_of(some, cached[site], pairs)
+        total = targets.cotangents(torch.arange(5), cached[site].clean).sum(0)
+        expected = torch.zeros_like(total)
+        expected[targets.pair, targets.position] = cached[site].gradient[targets.pair, targets.position]
+        assert torch.allclose(total, expected, atol=1e-13)
 
 
 def test_skipped_tokens_have_an_error_and_no_features(toy):
-    """Position 2 is skipped downstream: there the error passes the whole gradient on."""
-    _, pairs, (_, down), cached = toy
-    targets = targets_of(down, cached[DOWN], pairs)
+    """Position 2 of attn.0 is skipped: there the error passes the whole gradient on."""
+    _, pairs, ends, _, cached = toy
+    targets = targets_of(ends["attn.0"], cached["attn.0"], pairs)
     there = targets.position == 2
     assert there.any()
-    assert not targets.weights[there].any()
-    assert torch.equal(targets.error[there], cached[DOWN].gradient[targets.pair, targets.position][there])
+    assert not targets.values[there].any()
+    expected = cached["attn.0"].gradient[targets.pair, targets.position][there]
+    assert torch.equal(targets.error[there], expected)
 
 
-def test_small_products_give_the_same_edges(toy, monkeypatch):
-    lm, pairs, (up, down), cached = toy
-    whole = edge_effects(lm, pairs, up, down, cached[UP], cached[DOWN])
-    monkeypatch.setattr(pullback, "BATCH_TOKENS", 1)
-    assert torch.allclose(edge_effects(lm, pairs, up, down, cached[UP], cached[DOWN]), whole, atol=1e-13)
+def test_exact_edges_into_the_metric_are_reruns(random_lm):
+    """Into the metric, they are differences of m; what is not measured is empty."""
+    lm, pairs = random_lm("llama"), toy_pairs(4)
+    cached = cached_sites(lm, pairs, EVERY)
+    ends, into = into_all(lm, EVERY)
+    exact = exact_effects(lm, pairs, into["metric"], cached, budget=3)["resid.1"]
+    sources = sources_of(ends["resid.1"], changes_of(ends["resid.1"].dictionary, cached["resid.1"], pairs))
+    for node in (24, 0, 1):  # the error comes first
+        moved = cached["resid.1"].clean.clone()
+        moved[sources.pair, sources.position] += sources.rows(node)
+        change = metric_with(lm, pairs, start=("resid.1", moved)) - metric_with(lm, pairs)
+        assert torch.allclose(exact[:, node, 0], change, atol=1e-12)
+    assert exact[:, 2:24].isnan().all()
+    assert exact_effects(lm, pairs, into["mlp.1"], cached, budget=25)["attn.1"].isfinite().all()
 
 
-def test_batches_of_pairs_do_not_change_edges(toy):
-    lm, pairs, (up, down), cached = toy
-    whole = edge_effects(lm, pairs, up, down, cached[UP], cached[DOWN])
-    for batch in cut(pairs, cached, 4):
-        part = edge_effects(lm, batch.pairs, up, down, batch.sites[UP], batch.sites[DOWN])
-        assert torch.allclose(part, whole[batch.start : batch.stop], atol=1e-12)
+def test_exact_edges_sum_to_the_change_of_the_downstream_site(random_lm):
+    """Over downstream nodes and the rest: g · (what moving the upstream node does to the vector downstream)."""
+    lm, pairs = random_lm("gpt2"), toy_pairs(4)
+    cached = cached_sites(lm, pairs, EVERY)
+    ends, into = into_all(lm, EVERY, pool=3)
+    exact = exact_effects(lm, pairs, into["mlp.1"], cached, budget=2)["resid.0"]
+    up = ends["resid.0"]
+    sources = sources_of(up, changes_of(up.dictionary, cached["resid.0"], pairs))
+    clean = linked(lm, pairs, into["mlp.1"], cached).sites["mlp.1"]
+    for node in (3, 0):
+        moved = cached["resid.0"].clean.clone()
+        moved[sources.pair, sources.position] += sources.rows(node)
+        change = linked(lm, pairs, into["mlp.1"], cached, {"resid.0": moved}).sites["mlp.1"] - clean
+        expected = (cached["mlp.1"].gradient * change)[..., :].sum((1, 2))
+        seen = torch.zeros_like(expected).index_add_(
+            0,
+            sources.pair,
+            (cached["mlp.1"].gradient * change)[sources.pair, sources.position].sum(1),
+        )
+        assert torch.allclose(seen, expected, atol=1e-12)
+        assert torch.allclose(exact[:, node].sum(1), expected, atol=1e-12)
+
+
+def test_small_exact_effects_are_edges(random_lm):
+    """Where every feature stays active as it was, exact edges of a small change are edges."""
+    lm, pairs = random_lm("llama"), toy_pairs(4)
+    cached = cached_sites(lm, pairs, EVERY)
+    near = {
+        site: replace(one, patched=one.clean + 1e-6 * (one.patched - one.clean))
+        for site, one in cached.items()
+    }
+    into = into_all(lm, EVERY)[1]["mlp.1"]
+    exact, first = exact_effects(lm, pairs, into, near, 25), edge_effects(lm, pairs, into, near)
+    for site, weights in first.items():
+        assert torch.allclose(exact[site].sum(2), weights.sum(2), rtol=1e-3, atol=1e-13)
+
+
+SITES = ["resid.0", "attn.1", "mlp.1", "resid.1"]
 
 
 @pytest.fixture
@@ -115,61 +278,143 @@ def stage(random_lm, tmp_path, monkeypatch):
     lm, pairs = random_lm("llama", "float32"), toy_pairs(7)
     monkeypatch.setattr(edges, "load_model", lambda *_, **__: lm)
     monkeypatch.setattr(edges, "load_token_pairs", lambda _: pairs)
-    exact = cached_sites(random_lm("llama"), pairs, [UP, DOWN])
-    inputs = {"model": tmp_path, "tokens": tmp_path, "gradients": write_gradients(tmp_path, "train", exact)}
-    for seed, (side, site) in enumerate((("up", UP), ("down", DOWN))):
-        dictionary = toy_dictionary(site, WIDTH, seed=seed)
-        inputs[f"dictionary_{side}"] = tmp_path / f"{site}.safetensors"
-        save_dictionary(inputs[f"dictionary_{side}"], dictionary.to(torch.float32))
+    exact = cached_sites(random_lm("llama"), pairs, SITES)
+    gradients = write_gradients(tmp_path, "train", exact)
+    files = {}
+    for seed, site in enumerate(SITES):
+        dictionary = toy_dictionary(site, lm.width(site), seed=seed)
+        save_dictionary(tmp_path / f"{site}.safetensors", dictionary.to(torch.float32))
         nodes = score_pairs(dictionary, site, cut(pairs, exact, 7), pairs).nodes
         both = {name: np.concatenate([column, column]) for name, column in nodes.items()}
         both["split"] = np.repeat(np.array(SPLITS, object), len(nodes["score"]))
-        inputs[f"scores_{side}"] = tmp_path / f"{site}.parquet"
-        write_table(inputs[f"scores_{side}"], both)
+        write_table(tmp_path / f"{site}.parquet", both)
+        files[site] = (tmp_path / f"{site}.safetensors", tmp_path / f"{site}.parquet")
 
-    def compute(folder="edges", **changed):
-        place = tmp_path / "objects" / folder
+    def compute(down="mlp.1", folder="edges", **changed):
+        place = tmp_path / "objects" / folder / down
         place.mkdir(parents=True, exist_ok=True)
+        ups = neighbours(SITES, Blocks(2))[down]
+        inputs = {
+            "model": tmp_path,
+            "tokens": tmp_path,
+            "gradients": gradients,
+            "dictionaries_up": [files[up][0] for up in ups],
+            "scores_up": [files[up][1] for up in ups],
+        }
+        if down != "metric":
+            inputs |= {"dictionary_down": files[down][0], "scores_down": files[down][1]}
         params = {
-            "up": UP,
-            "down": DOWN,
+            "down": down,
+            "ups": ups,
+            "sites": SITES,
             "pool": 5,
+            "positions": "sum",
+            "ranking": "absolute",
+            "metric": {"kind": "logit_difference", "wrong_answers": "logsumexp"},
             "batch_pairs": 3,
+            "memory_mb": 100,
+            "exact": 0,
+            "draws": 4,
+            "seed": 0,
             "dtype": "float32",
             "compute": {"device": "cpu"},
         }
-        out = Output(place, {"edges": place / "edges.parquet"}, {"stage": "score_edges"})
+        named = {"edges": place / "edges.parquet", "draws": place / "draws.parquet"}
+        out = Output(place, named, {"stage": "score_edges"})
         score_edges(inputs, {**params, **changed}, out)
-        return out.files["edges"]
+        return out.files
 
-    compute.exact, compute.pairs, compute.lm = exact, pairs, random_lm("llama")
+    compute.exact, compute.pairs, compute.lm, compute.files = exact, pairs, random_lm("llama"), files
     return compute
 
 
-def test_the_stage_writes_every_edge_of_the_pools_and_conserves(stage):
-    path = stage()
-    table, said = read_table(path), read_provenance(path)
-    assert len(table["weight"]) == 6 * 7
-    assert said["conservation"]["relative"] < 1e-4
-    ends = [
-        End(site, toy_dictionary(site, WIDTH, seed=seed), torch.tensor(said["pool"][side]))
-        for seed, (side, site) in enumerate((("up", UP), ("down", DOWN)))
-    ]
-    exact = edge_effects(stage.lm, stage.pairs, *ends, stage.exact[UP], stage.exact[DOWN])
-    assert np.allclose(table["weight"], exact.mean(0).ravel(), rtol=1e-3, atol=1e-5)
-    assert np.allclose(table["se"], exact.std(0).ravel() / 7**0.5, rtol=1e-3, atol=1e-5)
+def test_the_stage_writes_every_edge_of_the_pools(stage):
+    table = read_table(stage()["edges"])
+    assert len(table["weight"]) == 2 * 6 * 7
+    assert set(zip(table["up_site"], table["up_kind"], strict=True)) == {
+        (site, kind) for site in ("resid.0", "attn.1") for kind in ("feature", "error")
+    }
+    assert sorted(set(table["down_kind"])) == ["error", "feature", "rest"]
+    assert (table["down_feature"][table["down_kind"] == "rest"] == REST).all()
+    assert set(table["up_position"]) == {SUMMED}
     assert set(table["n"]) == {7}
-    last = {name: table[name][-1] for name in ("up_kind", "up_feature", "down_kind", "down_feature")}
-    assert last == {"up_kind": "error", "up_feature": -1, "down_kind": "rest", "down_feature": -2}
+    assert np.isnan(table["exact"]).all()
 
 
-def test_the_pool_is_the_top_of_the_training_scores(stage):
-    effects = effects_of(
-        changes_of(toy_dictionary(UP, WIDTH), stage.exact[UP], stage.pairs), toy_dictionary(UP, WIDTH).W_dec
+def test_the_tables_of_all_sites_conserve_what_the_nodes_are_worth(stage):
+    """Each upstream node's weights, over all tables, sum to its effect, and that is its score."""
+    total, effect = {}, {}
+    for down in ("attn.1", "mlp.1", "resid.1", "metric"):
+        table = read_table(stage(down)["edges"])
+        for row in range(len(table["weight"])):
+            node = (table["up_site"][row], int(table["up_feature"][row]))
+            total[node] = total.get(node, 0.0) + table["weight"][row]
+            effect[node] = table["up_effect"][row]
+    assert len(total) == 4 * 6
+    for site in SITES:
+        scores = read_table(stage.files[site][1])
+        train = scores["split"] == "train"
+        known = dict(zip(scores["feature"][train].tolist(), scores["score"][train].tolist(), strict=True))
+        for (up, feature), value in total.items():
+            if up == site:
+                assert value == pytest.approx(known[feature], rel=1e-3, abs=1e-5)
+                assert effect[up, feature] == pytest.approx(known[feature], rel=1e-3, abs=1e-5)
+
+
+def test_errors_and_draws_are_those_of_the_pairs(stage):
+    files = stage()
+    table, draws = read_table(files["edges"]), read_table(files["draws"])
+    up, down = (
+        torch.from_numpy(table[f"{side}_feature"][table["up_site"] == "attn.1"].astype(np.int64))
+        for side in ("up", "down")
     )
-    total = torch.zeros(25, dtype=torch.float64).index_add_(0, effects.node, effects.effect)
-    top = total[:24].abs().argsort(descending=True)[:5]
-    assert read_provenance(stage())["pool"]["up"] == sorted(top.tolist())
+    ends = [
+        End(site, toy_dictionary(site, 16, seed=number), features, torch.full_like(features, SUMMED))
+        for number, site, features in ((1, "attn.1", up[::7].contiguous()), (2, "mlp.1", down[:6]))
+    ]
+    into = Into("mlp.1", (ends[0],), ends[1], tuple(SITES), False)
+    each = edge_effects(stage.lm, stage.pairs, into, stage.exact)["attn.1"]
+    here = table["up_site"] == "attn.1"
+    assert np.allclose(table["weight"][here], each.mean(0).ravel(), rtol=1e-3, atol=1e-5)
+    assert np.allclose(table["se"][here], each.std(0).ravel() / 7**0.5, rtol=1e-3, atol=1e-5)
+    times = np.random.default_rng([0, 4]).poisson(1.0, (7, 4))
+    expected = np.einsum("bud,br->rud", each.numpy(), times) / 7
+    for number in range(4):
+        assert np.allclose(draws[f"d{number}"][here], expected[number].ravel(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_pool_is_the_strongest_of_the_training_scores(stage):
+    table = read_table(stage()["edges"])
+    scores = read_table(stage.files["attn.1"][1])
+    here = (scores["split"] == "train") & (scores["kind"] == "feature")
+    order = np.argsort(-np.abs(scores["score"][here]))[:5]
+    found = table["up_feature"][(table["up_site"] == "attn.1") & (table["up_kind"] == "feature")]
+    assert set(found) == set(scores["feature"][here][order])
+    signed = read_table(stage(folder="signed", ranking="signed")["edges"])
+    order = np.argsort(-scores["score"][here])[:5]
+    found = signed["up_feature"][(signed["up_site"] == "attn.1") & (signed["up_kind"] == "feature")]
+    assert set(found) == set(scores["feature"][here][order])
+
+
+def test_exact_weights_stand_beside_those_of_the_strongest_nodes(stage):
+    table = read_table(stage(exact=2)["edges"])
+    measured = ~np.isnan(table["exact"])
+    assert measured.sum() == 2 * 2 * 7
+    assert set(table["up_feature"][measured]) >= {ERROR}
+    assert np.corrcoef(table["exact"][measured], table["weight"][measured])[0, 1] > 0.3
+
+
+def test_edges_into_the_metric_have_one_end(stage):
+    table = read_table(stage("metric")["edges"])
+    assert set(table["up_site"]) == {"resid.1"}
+    assert set(table["down_kind"]) == {"metric"}
+    assert set(table["down_feature"]) == {METRIC}
+
+
+def test_a_site_that_nothing_reaches_has_an_empty_table(stage):
+    files = stage("resid.0")
+    assert len(read_table(files["edges"])["weight"]) == 0
+    assert len(read_table(files["draws"])["d3"]) == 0
 
 
 def test_an_interrupted_stage_goes_on_and_gives_the_same_bytes(stage, monkeypatch, tmp_path):
@@ -183,23 +428,12 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_bytes(stage, monkeypatc
 
     monkeypatch.setattr(edges, "edge_effects", failing)
     with pytest.raises(KeyboardInterrupt):
-        stage("killed")
-    assert (tmp_path / "objects" / "killed" / PARTIAL).is_file()
+        stage(folder="killed")
+    assert (tmp_path / "objects" / "killed" / "mlp.1" / PARTIAL).is_file()
     calls = [None]
-    resumed = stage("killed").read_bytes()
+    resumed = {name: path.read_bytes() for name, path in stage(folder="killed").items()}
     assert len(calls) == 2
     monkeypatch.setattr(edges, "edge_effects", edge_effects)
-    assert resumed == stage("whole").read_bytes()
-    assert [file.name for file in (tmp_path / "objects" / "killed").iterdir()] == ["edges.parquet"]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"down": "attn.1"}, "attn.1 is not on the residual stream"),
-        ({"up": DOWN, "down": UP}, "against the order of computation"),
-    ],
-)
-def test_impossible_ends_are_refused(stage, changed, message):
-    with pytest.raises(UserError, match=message):
-        stage(**changed)
+    assert resumed == {name: path.read_bytes() for name, path in stage(folder="whole").items()}
+    left = [file.name for file in (tmp_path / "objects" / "killed" / "mlp.1").iterdir()]
+    assert sorted(left) == ["draws.parquet", "edges.parquet"]

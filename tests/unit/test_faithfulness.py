@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from circuitflow.attribution.nodes import ERROR
-from circuitflow.circuits import faithfulness as stage_module
+from circuitflow.attribution.nodes import ERROR, SUMMED
+from circuitflow.circuits import evaluation as engine
 from circuitflow.circuits.ablation import (
     AblationSite,
     Cells,
@@ -25,27 +25,25 @@ from circuitflow.circuits.ablation import (
     zeros,
 )
 from circuitflow.circuits.circuit import Circuit, Node, write_circuit
-from circuitflow.circuits.faithfulness import (
-    JOURNAL,
-    bootstrap,
-    evaluate_circuit,
-    evaluated,
-    faithfulness,
-    planned,
-    spread_over_cases,
-)
+from circuitflow.circuits.evaluation import evaluated, planned
+from circuitflow.circuits.faithfulness import JOURNAL, evaluate_circuit
+from circuitflow.circuits.search import JOURNAL as SEARCHED
+from circuitflow.circuits.search import search_circuit
+from circuitflow.circuits.statistics import bootstrap, faithfulness, spread_over_cases
 from circuitflow.circuits.sweep import (
+    _drawn,
     assembled,
     empty,
     growing,
-    kept_nodes,
     random_circuits,
     ranked_nodes,
 )
+from circuitflow.circuits.sweep import kept_nodes as kept_triples
 from circuitflow.data.metrics import Metric
 from circuitflow.dictionaries.dictionary import Skip, save_dictionary
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
+from circuitflow.store.journal import Journal
 from circuitflow.store.tables import read_provenance, read_table, write_table
 from tests.fixtures.attribution_toy import (
     METRIC,
@@ -61,6 +59,11 @@ WIDTH, D_DICT = 16, 24
 SITES = ("embed", "resid.0", "resid.1")
 EVERYTHING = list(range(D_DICT))
 SKIP = Skip((0,), 30.0)
+
+
+def kept_nodes(nodes, sites) -> dict:
+    """Nodes of all positions, given as (site, feature)."""
+    return kept_triples([(*node, SUMMED) for node in nodes], sites)
 
 
 def cells_of(pairs) -> Cells:
@@ -107,26 +110,30 @@ def some_circuits() -> list:
     return [*kept, *map(complement, kept)]
 
 
+@pytest.mark.parametrize("places", [[-1], [1, 3], [-1, 2]], ids=["everywhere", "some", "both"])
 @pytest.mark.parametrize("error", [False, True])
 @pytest.mark.parametrize("inverted", [False, True])
-def test_a_site_is_ablated_by_the_definition(setting, error, inverted):
-    """x' = x̄ + Σ_{i∈C} (f_i − f̄_i)·W_dec[i] + 1[ε∈C]·(ε − ε̄), with everything dense."""
+def test_a_site_is_ablated_by_the_definition(setting, error, inverted, places):
+    """x' = x̄ + Σ_{i∈C} (f_i − f̄_i)·W_dec[i] + 1[ε∈C]·(ε − ε̄), with everything dense; C by position."""
     _, sites, prompts = setting
     site, pairs = sites[0], prompts.pairs
     dictionary = site.dictionary
     x = prompts.first + 0.1
-    kept = Kept(torch.tensor([0, 5, 6, 11, 17]), error, inverted)
-    inside = torch.zeros(D_DICT, dtype=torch.float64)
-    inside[kept.features] = 1
+    nodes = [0, 5, 6, 11, 17, *([ERROR] if error else [])]
+    position_of = [places[number % len(places)] for number in range(len(nodes))]
+    kept = Kept(torch.tensor(nodes), torch.tensor(position_of), inverted)
+    inside = torch.zeros(pairs.mask.shape[1], D_DICT + 1, dtype=torch.float64)
+    for node, where in zip(nodes, position_of, strict=True):
+        inside[slice(None) if where < 0 else where, node] = 1  # −1, the error, is the last column
     inside = 1 - inside if inverted else inside
     row, position = pairs.mask.nonzero(as_tuple=True)
     cell = prompts.cell[row, position]
     codes = dictionary.encode(x[row, position], position)
     mean = site.replacement.features[cell]
     mean_error = site.replacement.whole[cell] - mean @ dictionary.W_dec - dictionary.b_dec
-    expected = site.replacement.whole[cell] + ((codes.dense() - mean) * inside) @ dictionary.W_dec
-    if error != inverted:
-        expected = expected + dictionary.error(x[row, position], codes) - mean_error
+    of_features, of_error = inside[position, :-1], inside[position, -1:]
+    expected = site.replacement.whole[cell] + ((codes.dense() - mean) * of_features) @ dictionary.W_dec
+    expected = expected + of_error * (dictionary.error(x[row, position], codes) - mean_error)
     rows = Rows(torch.zeros(len(pairs), dtype=torch.int64), prompts.cell, pairs.mask)
     got = ablated(x, site, [kept], rows)
     assert torch.allclose(got[row, position], expected, atol=1e-12)
@@ -322,15 +329,49 @@ def test_intervals_hold_the_estimate_and_resample_prompts_together(aggregate):
 NODES = {
     "site": np.array(["embed"] * 4 + ["resid.0"] * 3 + ["resid.1"] * 3, object),
     "feature": np.array([3, 1, -1, 9, 5, -1, 7, 2, 4, -1]),
+    "position": np.full(10, SUMMED),
     "score_train": np.array([-4.0, 2.0, 1.0, 0.5, 3.0, 2.0, 0.25, 1.5, 0.125, 0.0]),
 }
 
 
 def test_nodes_are_ranked_over_all_sites_without_those_that_do_nothing():
     ranked = ranked_nodes(NODES, SITES)
-    assert ranked.nodes[:5] == [("embed", 3), ("resid.0", 5), ("embed", 1), ("resid.0", -1), ("resid.1", 2)]
-    assert ("resid.1", -1) not in ranked.nodes
-    assert ranked.sizes.tolist() == sorted(ranked.sizes, reverse=True)
+    first = [("embed", 3), ("resid.0", 5), ("embed", 1), ("resid.0", -1), ("resid.1", 2)]
+    assert ranked.nodes[:5] == [(*node, SUMMED) for node in first]
+    assert ("resid.1", -1, SUMMED) not in ranked.nodes
+    assert ranked.strengths.tolist() == sorted(ranked.strengths, reverse=True)
+
+
+def test_nodes_may_be_ranked_with_their_sign():
+    ranked = ranked_nodes(NODES, SITES, "signed")
+    assert ranked.nodes[0] == ("resid.0", 5, SUMMED)
+    assert ranked.nodes[-1] == ("embed", 3, SUMMED)
+    assert ranked.above(0.5) == ranked.top(4)
+    assert [one.threshold for one in growing(ranked, [], [])] == [-4.0, -4.0]
+
+
+def test_a_pool_is_the_strongest_features_of_each_site_and_the_errors():
+    pooled = ranked_nodes(NODES, SITES).pooled(1)
+    kept = [("embed", 3), ("resid.0", 5), ("resid.0", -1), ("resid.1", 2), ("embed", -1)]
+    assert pooled.nodes == [(*node, SUMMED) for node in kept]
+    assert pooled.strengths.tolist() == [4, 3, 2, 1.5, 1]
+
+
+def test_nodes_of_positions_are_ranked_and_drawn_at_their_position():
+    table = {
+        "site": np.array(["embed"] * 7, object),
+        "feature": np.array([3, 3, 1, 1, 8, -1, -1]),
+        "position": np.array([4, 2, 2, 4, 2, 2, 4]),
+        "score_train": np.array([4.0, 4.0, 3.0, 0.5, 0.25, 2.0, 1.0]),
+    }
+    ranked = ranked_nodes(table, SITES)
+    assert ranked.nodes[:4] == [("embed", 3, 2), ("embed", 3, 4), ("embed", 1, 2), ("embed", -1, 2)]
+    drawn = [_drawn(ranked, 4, np.random.default_rng(seed)) for seed in range(60)]
+    for nodes in drawn:
+        assert sorted(position for _, feature, position in nodes if feature != ERROR) == [2, 2, 4]
+        assert [node for node in nodes if node[1] == ERROR] == [("embed", ERROR, 2)]
+        assert {feature for _, feature, position in nodes if position == 4} <= {3, 1}
+    assert len(set(map(tuple, drawn))) == 6  # 3 pairs at position 2, 2 features at position 4
 
 
 def test_growing_circuits_have_each_size_once():
@@ -355,17 +396,17 @@ def test_random_circuits_match_sites_and_kinds():
     found = random_circuits(ranked, [5, 99], draws=20, seed=0)
     assert len(found) == 40
     for one in found[:20]:
-        assert {site: len(kept.features) for site, kept in one.kept.items()} == {
+        assert {site: len(kept.feature) for site, kept in one.kept.items()} == {
             "embed": 2,
-            "resid.0": 1,
+            "resid.0": 2,
             "resid.1": 1,
         }
-        assert [kept.error for kept in one.kept.values()] == [False, True, False]
-        assert set(one.kept["embed"].features.tolist()) <= {3, 1, 9}
-    assert len({tuple(one.kept["embed"].features.tolist()) for one in found[:20]}) == 3
+        assert [ERROR in kept.feature for kept in one.kept.values()] == [False, True, False]
+        assert set(one.kept["embed"].feature.tolist()) <= {3, 1, 9}
+    assert len({tuple(one.kept["embed"].feature.tolist()) for one in found[:20]}) == 3
     again = random_circuits(ranked, [5], draws=20, seed=0)
     assert all(
-        torch.equal(a.kept["embed"].features, b.kept["embed"].features)
+        torch.equal(a.kept["embed"].feature, b.kept["embed"].feature)
         for a, b in zip(found, again, strict=False)
     )
 
@@ -374,8 +415,9 @@ def test_the_assembled_circuit_is_evaluated_as_it_is():
     nodes = (Node("embed", "feature", 3, -4.0), Node("resid.0", "error", -1, 2.0))
     circuit, rest = assembled(Circuit(SITES, nodes, ()), SITES)
     assert (circuit.nodes, circuit.threshold, circuit.source) == (2, 2.0, "assembled")
-    assert circuit.kept["embed"].features.tolist() == [3]
-    assert circuit.kept["resid.0"].error
+    assert circuit.kept["embed"].feature.tolist() == [3]
+    assert circuit.kept["embed"].position.tolist() == [SUMMED]
+    assert circuit.kept["resid.0"].feature.tolist() == [ERROR]
     assert rest.kept["resid.1"] == replace(circuit.kept["resid.1"], complement=True)
 
 
@@ -392,8 +434,8 @@ def stage(random_lm, tmp_path, monkeypatch):
     exact = random_lm("llama")
     lm = random_lm("llama", "float32")
     splits = {"train": toy_pairs(12, seed=1), "test": toy_pairs(6, seed=2)}
-    monkeypatch.setattr(stage_module, "load_model", lambda *_, **__: lm)
-    monkeypatch.setattr(stage_module, "load_token_pairs", splits.__getitem__)
+    monkeypatch.setattr(engine, "load_model", lambda *_, **__: lm)
+    monkeypatch.setattr(engine, "load_token_pairs", splits.__getitem__)
     inputs = {"model": tmp_path, "tokens_train": "train", "tokens_test": "test", "dictionaries": []}
     for split, pairs in splits.items():
         metric = {"clean": metric_with(exact, pairs).numpy()}
@@ -412,6 +454,7 @@ def stage(random_lm, tmp_path, monkeypatch):
         {
             "site": np.repeat(np.array(SITES, object), D_DICT + 1),
             "feature": np.tile([*EVERYTHING, ERROR], len(SITES)),
+            "position": np.full(size, SUMMED),
             "score_train": generator.normal(size=size),
         },
     )
@@ -419,6 +462,7 @@ def stage(random_lm, tmp_path, monkeypatch):
     write_circuit(inputs["circuit"], Circuit(SITES, (Node("resid.1", "feature", 3, -4.0),), ()))
     params = {
         "sites": list(SITES),
+        "ranking": "absolute",
         "metric": {"kind": "logit_difference", "wrong_answers": "logsumexp"},
         "counts": [1, 10, 30],
         "random_counts": [10],
@@ -433,12 +477,12 @@ def stage(random_lm, tmp_path, monkeypatch):
         "compute": {"device": "cpu"},
     }
 
-    def compute(folder="evaluation", **changed):
+    def compute(folder="evaluation", work=evaluate_circuit, **changed):
         place = tmp_path / folder
         place.mkdir(exist_ok=True)
-        out = Output(place, {"faithfulness": place / "faithfulness.parquet"}, {"stage": "evaluate_circuit"})
-        evaluate_circuit(inputs, {**params, **changed}, out)
-        return out.files["faithfulness"]
+        files = {name: place / f"{name}.parquet" for name in ("faithfulness", "search")}
+        work(inputs, {**params, **changed}, Output(place, files, {"stage": work.__name__}))
+        return files["search" if work is search_circuit else "faithfulness"]
 
     return compute
 
@@ -483,13 +527,13 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_bytes(stage, monkeypatc
         calls.append(args)
         return run_circuits(*args)
 
-    monkeypatch.setattr(stage_module, "run_circuits", failing)
+    monkeypatch.setattr(engine, "run_circuits", failing)
     with pytest.raises(KeyboardInterrupt):
         stage("killed")
     journal = tmp_path / "killed" / JOURNAL
     assert len(journal.read_text().splitlines()) == 3
     journal.write_text(journal.read_text()[:-4])  # a torn line
-    monkeypatch.setattr(stage_module, "run_circuits", run_circuits)
+    monkeypatch.setattr(engine, "run_circuits", run_circuits)
     resumed = stage("killed").read_bytes()
     assert resumed == stage("whole").read_bytes()
     assert not journal.exists()
@@ -504,13 +548,70 @@ def test_finished_passes_are_not_run_again(tmp_path):
         seen.append(rows)
         return torch.tensor([7.0, 8.0])
 
-    assert evaluated(plan, measure, (2, 2), tmp_path / "j").tolist() == [[1.5, 2.5], [7.0, 8.0]]
+    assert evaluated(plan, measure, (2, 2), Journal(tmp_path / "j")).tolist() == [[1.5, 2.5], [7.0, 8.0]]
     assert seen == plan[1:]
 
 
-def test_evaluation_starts_on_the_residual_stream(stage):
-    with pytest.raises(UserError, match=r"first site is attn\.0"):
-        stage(sites=["attn.0", "resid.0", "resid.1"])
+@pytest.mark.parametrize("first", ["attn.0", "mlp.0"])
+def test_evaluation_may_start_within_a_block(random_lm, first):
+    """Passes then start from the tokens: all nodes kept is the model, and what skips the first site stays."""
+    lm, train, test = random_lm("llama"), toy_pairs(12, seed=1), toy_pairs(5, seed=2)
+    names = (first, "resid.1")
+    sites = mean_sites(cached_sites(lm, train, names), train)
+    prompts = Prompts(test, cells_of(train).of(test), None)
+    everything = kept_nodes([(site, feature) for site in names for feature in [*EVERYTHING, ERROR]], names)
+    one = kept_nodes([(names[1], feature) for feature in [*EVERYTHING, ERROR]], names)
+    m = values((lm, sites, prompts), [everything, empty(names), one])
+    clean = metric_with(lm, test).numpy()
+    assert np.allclose(m[0], clean, atol=1e-10)
+    assert not np.allclose(m[2], clean, atol=1e-4)
+    assert not np.allclose(m[2], m[1], atol=1e-4)
+
+
+def search(stage, folder="searching", **changed):
+    return stage(folder, search_circuit, **{"faithfulness": 0.9, "pool": D_DICT, "pairs": 6, **changed})
+
+
+def test_the_search_finds_a_circuit_as_faithful_as_wanted(stage, tmp_path):
+    path = search(stage)
+    table, said = read_table(path), read_provenance(path)
+    assert table["nodes"].tolist() == sorted(set(table["nodes"]))
+    assert table["chosen"].sum() == 1
+    chosen = table["chosen"].argmax()
+    assert table["F"][chosen] >= 0.9
+    assert (table["F"][:chosen] < 0.9).all()
+    assert (table["low"] <= table["F"]).all()
+    assert (table["F"] <= table["high"]).all()
+    assert set(table["n"]) == {6}
+    assert said["candidates"] == 75
+    assert "bisected" in said["conventions"]["search"]
+    assert list(tmp_path.glob("searching/*.jsonl")) == []
+
+
+def test_a_search_out_of_reach_says_how_far_it_came(stage):
+    with pytest.raises(UserError, match=r"faithfulness 50: the largest F is .* of 75 nodes"):
+        search(stage, faithfulness=50)
+    with pytest.raises(UserError, match=r"of 6 nodes"):
+        search(stage, "pooled", faithfulness=50, pool=1)
+
+
+def test_a_killed_search_goes_on_and_gives_the_same_bytes(stage, monkeypatch, tmp_path):
+    calls = []
+
+    def failing(*args):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return run_circuits(*args)
+
+    monkeypatch.setattr(engine, "run_circuits", failing)
+    with pytest.raises(KeyboardInterrupt):
+        search(stage, "killed", batch_rows=4)
+    assert len((tmp_path / "killed" / SEARCHED).read_text().splitlines()) == 5
+    monkeypatch.setattr(engine, "run_circuits", lambda *args: calls.append(args) or run_circuits(*args))
+    resumed, again = search(stage, "killed", batch_rows=4).read_bytes(), len(calls)
+    assert resumed == search(stage, "whole", batch_rows=4).read_bytes()
+    assert len(calls) == 2 * again  # five passes before the kill were not run twice
 
 
 def test_replacements_may_be_of_any_kind(setting):

@@ -79,6 +79,16 @@ def test_kinds_have_learning_rates_of_their_own():
     assert rate("gated", learning_rate=1e-3) == 1e-3
 
 
+def test_the_topk_family_is_clipped_unless_told_otherwise():
+    def clip(kind: str, **training: Any) -> float | None:
+        return request(kind, training=training).settings.training.clip_norm
+
+    assert clip("topk") == clip("batchtopk") == clip("matryoshka", clip_norm=None) == 0.01
+    assert clip("relu") is None
+    assert clip("topk", clip_norm=0) is None
+    assert clip("gated", clip_norm=0.5) == 0.5
+
+
 def test_a_penalty_that_aims_at_an_l0_has_a_default_of_its_own():
     plain, aiming = (TRAINED["jumprelu"](request("jumprelu", target_l0=target)) for target in (None, 4.0))
     assert aiming.penalty > 100 * plain.penalty

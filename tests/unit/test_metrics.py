@@ -68,3 +68,13 @@ def test_an_unknown_metric_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'logsumexp'"):
         metric_of({"kind": "kl", "wrong_answers": "logsumex"})
     assert metric_of({"kind": "kl", "wrong_answers": "max"}) == Metric("kl", "max")
+
+
+@pytest.mark.parametrize("join", ["max", "logsumexp"])
+def test_logit_needs_no_wrong_answer_and_is_minus_that_of_the_right_one(join: str) -> None:
+    nothing = torch.empty((2, 0), dtype=torch.int64)
+    logits = LOGITS.clone().requires_grad_()
+    values = Metric("logit", join)(logits, RIGHT, nothing)
+    assert values.tolist() == [-2.0, 0.0]
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    assert gradient.tolist() == [[-1.0, 0, 0, 0]] * 2

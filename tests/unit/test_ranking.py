@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from circuitflow.attribution.nodes import kinds, top_features
-from circuitflow.attribution.ranking import rank_correlation, rank_features
+from circuitflow.attribution.intervals import interval, rank_correlation
+from circuitflow.attribution.nodes import kinds, strength, top_nodes
+from circuitflow.attribution.ranking import rank_features
 from circuitflow.jobs import Output
 from circuitflow.store.tables import read_table, write_table
 
@@ -38,6 +39,7 @@ def rank(tmp_path):
                     (
                         split,
                         node,
+                        -1,
                         one.mean(),
                         one.std(ddof=1) / len(one) ** 0.5,
                         np.abs(one).mean(),
@@ -45,12 +47,12 @@ def rank(tmp_path):
                         len(one),
                     )
                 )
-                pairs += [(split, 100 + pair, node, value) for pair, value in enumerate(one)]
-        names = ("split", "feature", "score", "se", "absolute", "activity", "n")
+                pairs += [(split, 100 + pair, node, -1, value) for pair, value in enumerate(one)]
+        names = ("split", "feature", "position", "score", "se", "absolute", "activity", "n")
         write_table(
             tmp_path / f"{site}.parquet", {name: [row[i] for row in scores] for i, name in enumerate(names)}
         )
-        names = ("split", "pair", "feature", "score")
+        names = ("split", "pair", "feature", "position", "score")
         write_table(
             tmp_path / f"{site}.pairs.parquet",
             {name: [row[i] for row in pairs] for i, name in enumerate(names)},
@@ -85,7 +87,7 @@ def test_nodes_are_ranked_by_size_within_a_site(rank):
     assert nodes["kind"][-1] == "error"
     assert nodes["score_train"][0] == pytest.approx(-5, abs=0.05)
     assert set(nodes) == {
-        "site", "kind", "feature", "rank", "rank_test", "score_train", "score_test", "se_train", "se_test",
+        "site", "kind", "feature", "position", "rank", "rank_test", "score_train", "score_test", "se_train", "se_test",
         "absolute_train", "absolute_test", "activity_train", "activity_test",
     }  # fmt: skip
 
@@ -146,6 +148,7 @@ def test_scores_without_pairs_have_no_intervals(rank, tmp_path, monkeypatch):
         "split": np.zeros(0, "U1"),
         "pair": np.zeros(0, int),
         "feature": np.zeros(0, int),
+        "position": np.zeros(0, int),
         "score": np.zeros(0),
     }
     monkeypatch.setattr(
@@ -173,12 +176,76 @@ def test_rank_correlation(first, second, expected):
     assert got == pytest.approx(np.array([expected]), nan_ok=True)
 
 
-def test_the_strongest_features_of_a_table():
+def test_the_strongest_nodes_of_a_table():
+    feature, position = np.array([5, 3, 8, -1, 1, 5, 2]), np.array([0, 0, 1, 0, 0, 1, 0])
     table = {
-        "split": np.array(["train"] * 5 + ["test"], object),
-        "kind": kinds(np.array([5, 3, 8, -1, 1, 2])),
-        "feature": np.array([5, 3, 8, -1, 1, 2]),
-        "score": np.array([1.0, -2.0, 2.0, 9.0, 0.1, 7.0]),
+        "split": np.array(["train"] * 6 + ["test"], object),
+        "kind": kinds(feature),
+        "feature": feature,
+        "position": position,
+        "score": np.array([1.0, -2.0, 2.0, 9.0, 0.1, -4, 7.0]),
     }
-    assert top_features(table, 3).tolist() == [3, 8, 5]
-    assert kinds(np.array([4, -1, -2])).tolist() == ["feature", "error", "rest"]
+    assert [*zip(*top_nodes(table, 3), strict=True)] == [(5, 1), (3, 0), (8, 1), (-1, 0)]
+    assert [*zip(*top_nodes(table, 2, "signed"), strict=True)] == [(8, 1), (5, 0), (-1, 0)]
+    assert kinds(np.array([4, -1, -2, -3])).tolist() == ["feature", "error", "rest", "metric"]
+
+
+def test_signed_ranking_puts_the_most_positive_first(rank):
+    nodes = at(rank(ranking="signed")["nodes"], site="resid.0")
+    assert nodes["feature"].tolist() == [2, 4, 6, 8, -1, 0]
+    assert strength(np.array([-2.0, 1.0]), "absolute").tolist() == [2, 1]
+    assert strength(np.array([-2.0, 1.0]), "signed").tolist() == [-2, 1]
+    with pytest.raises(ValueError, match="expected one of absolute, signed"):
+        strength(np.zeros(1), "both")
+
+
+def test_every_interval_holds_its_estimate(rank):
+    """Also where all resamples lie to one side of it, as those of rank correlations and absolute sums tend to."""
+    tables = rank()
+    for row in ("features", "error", "features_abs", "error_abs"):
+        layers = tables["layers"]
+        assert (layers[f"{row}_low"] <= layers[row]).all()
+        assert (layers[row] <= layers[f"{row}_high"]).all()
+    agreement = tables["agreement"]
+    for name, low, high in (("overlap", "low", "high"), ("spearman", "spearman_low", "spearman_high")):
+        assert (agreement[low] <= agreement[name]).all()
+        assert (agreement[name] <= agreement[high]).all()
+    noisy = at(agreement, site="resid.1")
+    assert noisy["spearman_low"][0] < noisy["spearman"][0] <= noisy["spearman_high"][0] <= 1
+
+
+def test_an_interval_is_moved_onto_its_estimate():
+    draws = np.arange(1001) / 1000
+    assert interval(draws, 0.5) == pytest.approx((0.025, 0.975))
+    assert interval(draws, 2.0) == pytest.approx((1.525, 2.475))
+    assert interval(draws, 0.9, (0, 1)) == pytest.approx((0.425, 1))
+    assert np.isnan(interval(np.array([1, np.nan]), 1.0)).all()
+
+
+def test_nodes_at_positions_are_nodes_of_their_own(tmp_path):
+    feature, position = np.array([3, 3, 1, -1, -1]), np.array([0, 2, 2, 0, 2])
+    score = np.array([1.0, -4.0, 2.0, 0.5, 3.0])
+    rows = {"kind": kinds(feature), "feature": feature, "position": position, "score": score}
+    columns = {name: np.concatenate([values, values]) for name, values in rows.items()}
+    split = np.repeat(SPLITS, 5)
+    flat = {
+        "se": np.ones(10),
+        "absolute": np.abs(columns["score"]),
+        "activity": np.ones(10),
+        "n": np.full(10, 1),
+    }
+    write_table(tmp_path / "s.parquet", {"split": split, **columns, **flat})
+    write_table(tmp_path / "p.parquet", {"split": split, "pair": np.zeros(10, int), **columns})
+    files = {name: tmp_path / f"{name}.out.parquet" for name in ("nodes", "agreement", "layers")}
+    params = {"sites": ["mlp.0"], "overlap_at": [2], "seed": 0, "bootstrap": 10}
+    inputs = {"scores": [tmp_path / "s.parquet"], "pairs": [tmp_path / "p.parquet"]}
+    rank_features(inputs, params, Output(tmp_path, files, {}))
+    nodes = read_table(files["nodes"])
+    assert list(zip(nodes["feature"], nodes["position"], strict=True)) == [
+        (3, 2),
+        (-1, 2),
+        (1, 2),
+        (3, 0),
+        (-1, 0),
+    ]
+    assert read_table(files["agreement"])["nodes"].tolist() == [5]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,20 @@ def test_provenance_names_every_artefact(run, page):
     assert "numpy 2" in words
     assert "ratio_of_means" in words
     assert "d_dict: 4096" in words
+
+
+def test_contexts_of_text_are_told_without_wrong_answers(result: Result) -> None:
+    prompts = {**result.prompts, "wrong_answer": np.full(len(result.prompts["split"]), "", object)}
+    unpaired = replace(result, prompts=prompts)
+    assert result.opposed
+    assert not unpaired.opposed
+    assert "the right answer the larger logit" in findings(result)[0]
+    assert "the right answer the largest logit" in findings(unpaired)[0]
+    helps = [column.help for column in tables.task_table(unpaired).columns]
+    assert any("logit(likeliest other token)" in text for text in helps)
+
+
+def test_the_page_is_named_after_the_circuits_task(result: Result) -> None:
+    circuit = replace(result.circuit, provenance={**result.circuit.provenance, "task": "agreement/cluster-2"})
+    assert result.task == "agreement"
+    assert replace(result, circuit=circuit).task == "agreement/cluster-2"

@@ -7,16 +7,25 @@ import pytest
 import torch
 
 from circuitflow.attribution import scores
-from circuitflow.attribution.cached import Cached
+from circuitflow.attribution.cached import Cached, trimmed
 from circuitflow.attribution.changes import changes_of, difference, differing, effects_of
-from circuitflow.attribution.scores import read_positions, score_decoder, score_nodes, score_pairs
+from circuitflow.attribution.scores import (
+    check_positions,
+    read_positions,
+    score_decoder,
+    score_nodes,
+    score_pairs,
+)
 from circuitflow.attribution.sparse import products, sum_by
 from circuitflow.dictionaries.codes import codes_from_dense
 from circuitflow.dictionaries.dictionary import Skip, save_dictionary
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
+from circuitflow.store.arrays import ArraySpec, StoreWriter
+from circuitflow.store.objects import Manifest
 from circuitflow.store.tables import read_provenance, read_table
 from tests.fixtures.attribution_toy import cut, toy_dictionary, toy_pairs, write_gradients
+from tests.fixtures.every_site import none_dictionary
 
 SITE, WIDTH, POS = "resid.0", 8, 6
 
@@ -180,6 +189,19 @@ def test_only_tokens_that_can_differ_are_encoded(monkeypatch):
     assert len(effects_of(changes, dictionary.W_dec).node) == changes.features.nnz + len(changes.pair)
 
 
+def write_method_gradients(root, split, pairs, method):
+    """A store as cache_method_gradients writes it: here, three times the plain gradient."""
+    values = {f"{SITE}/gradient": 3 * random_cached(pairs).gradient.numpy()}
+    specs = {name: ArraySpec(array.shape, "float32") for name, array in values.items()}
+    writer = StoreWriter(root / "objects" / f"{method}_{split}", specs, 100, {"method": method})
+    if writer.missing():
+        writer.write_shard(0, values)
+    content, details = writer.finish()
+    manifest = root / f"{method}_{split}.json"
+    Manifest("store", f"{method}_{split}", content, {}, details).write(manifest)
+    return manifest
+
+
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     """Runs score_nodes on stores and a dictionary on disk."""
@@ -190,11 +212,15 @@ def stage(tmp_path, monkeypatch):
         inputs[f"tokens_{name}"] = name
     monkeypatch.setattr(scores, "load_token_pairs", splits.__getitem__)
 
-    def compute(dictionary):
+    def compute(dictionary, method_gradients=None, **params):
+        for name, pairs in compute.splits.items() if method_gradients else ():
+            inputs[f"method_gradients_{name}"] = write_method_gradients(
+                tmp_path, name, pairs, method_gradients
+            )
         inputs["dictionary"] = tmp_path / "weights.safetensors"
         save_dictionary(inputs["dictionary"], dictionary.to(torch.float32))
         files = {name: tmp_path / f"{name}.parquet" for name in ("scores", "positions", "pairs")}
-        score_nodes(inputs, {"site": SITE}, Output(tmp_path, files, {"stage": "score_nodes"}))
+        score_nodes(inputs, {"site": SITE, **params}, Output(tmp_path, files, {"stage": "score_nodes"}))
         return files
 
     compute.splits = splits
@@ -230,3 +256,87 @@ def test_the_stage_scores_a_bare_decoder(stage):
 def test_a_dictionary_of_another_width_is_refused(stage):
     with pytest.raises(UserError, match="9 wide"):
         stage(toy_dictionary(SITE, 9))
+
+
+@pytest.mark.parametrize("method", ["ig", "relp"])
+def test_gradients_of_another_method_take_the_place_of_the_plain_one(stage, method):
+    dictionary = toy_dictionary(SITE, WIDTH)
+    plain = read_table(stage(dictionary)["scores"])
+    files = stage(dictionary, method_gradients=method, method=method)
+    assert np.allclose(read_table(files["scores"])["score"], 3 * plain["score"], rtol=1e-5)
+    assert read_provenance(files["scores"])["method"] != "attribution patching"
+    other = {"ig": "relp", "relp": "ig"}[method]
+    with pytest.raises(UserError, match=f"holds gradients of method {method}"):
+        stage(dictionary, method_gradients=method, method=other)
+
+
+def test_a_dictionary_with_an_encoder_is_scored_by_its_decoder_if_asked(stage):
+    bare = read_table(stage(replace(toy_dictionary(SITE, WIDTH), W_enc=None))["scores"])
+    asked = read_table(stage(toy_dictionary(SITE, WIDTH), method="decoder_only")["scores"])
+    assert np.array_equal(bare["score"], asked["score"])
+    with pytest.raises(UserError, match="which score_nodes does not do"):
+        stage(toy_dictionary(SITE, WIDTH), method="exact")
+
+
+ALIGNED = [0, 2, 4, 6]
+"""Pairs of the case "short"."""
+
+
+def test_nodes_at_positions_sum_to_those_over_positions():
+    pairs = trimmed(toy_pairs(8)[ALIGNED])
+    dictionary, cached = toy_dictionary(SITE, WIDTH), random_cached(pairs)
+    features, error = dense_effects(dictionary, cached, pairs)
+    batches = cut(pairs, {SITE: cached}, 3)
+    none, summed = (score_pairs(dictionary, SITE, batches, pairs, positions) for positions in ("none", "sum"))
+    dense = torch.cat([features, error[..., None]], 2)  # (pairs, pos, nodes), the error last as number −1
+    assert np.allclose(none.nodes["score"], dense.mean(0)[none.nodes["position"], none.nodes["feature"]])
+    assert (none.nodes["position"] >= 0).all()
+    assert (summed.nodes["position"] == -1).all()
+    assert set(none.nodes["n"]) == {4}
+    for feature, score in zip(summed.nodes["feature"], summed.nodes["score"], strict=True):
+        assert none.nodes["score"][none.nodes["feature"] == feature].sum() == pytest.approx(score)
+    keys = set(zip(none.pairs["pair"], none.pairs["feature"], none.pairs["position"], strict=True))
+    assert len(keys) == len(none.pairs["score"])
+    assert none.pairs["score"].sum() == pytest.approx(summed.pairs["score"].sum())
+
+
+def test_last_scores_only_the_token_where_the_answer_is_read():
+    pairs, dictionary = toy_pairs(6), toy_dictionary(SITE, WIDTH)
+    cached = random_cached(pairs)
+    features, error = dense_effects(dictionary, cached, pairs)
+    last = torch.arange(6), pairs.position
+    expected = torch.cat([features[last], error[last][:, None]], 1).mean(0)
+    nodes = score_pairs(dictionary, SITE, cut(pairs, {SITE: cached}, 4), pairs, "last").nodes
+    assert np.allclose(nodes["score"], expected[nodes["feature"]])
+    assert (nodes["position"] == -1).all()
+
+
+@pytest.mark.parametrize("positions", ["last", "none"])
+def test_decoder_only_scores_at_the_answer_or_at_each_position(positions):
+    pairs = trimmed(toy_pairs(8)[ALIGNED])
+    dictionary, cached = replace(toy_dictionary(SITE, WIDTH), W_enc=None), random_cached(pairs)
+    nodes = score_decoder(dictionary, SITE, cut(pairs, {SITE: cached}, 3), pairs, positions).nodes
+    size = (cached.gradient @ dictionary.W_dec.T).abs().mean(0)
+    at = nodes["position"] if positions == "none" else np.full(24, 3)
+    assert np.allclose(nodes["score"], size[at, nodes["feature"]])
+    assert len(nodes["score"]) == (4 * 24 if positions == "none" else 24)
+
+
+def test_per_position_nodes_need_prompts_that_line_up(stage):
+    with pytest.raises(UserError, match="train prompts are 4 to 6 tokens long"):
+        stage(toy_dictionary(SITE, WIDTH), positions="none")
+    with pytest.raises(UserError, match="did you mean 'last'"):
+        stage(toy_dictionary(SITE, WIDTH), positions="lst")
+    stage.splits.update({name: trimmed(pairs[[0, 2]]) for name, pairs in stage.splits.items()})
+    check_positions("none", stage.splits["train"])
+
+
+def test_a_dictionary_without_features_has_an_error_alone(stage):
+    files = stage(none_dictionary(SITE, WIDTH))
+    table = read_table(files["scores"])
+    assert table["kind"].tolist() == ["error", "error"]
+    pairs = stage.splits["train"]
+    cached = random_cached(pairs)
+    whole = (cached.gradient * (cached.patched - cached.clean)).sum((1, 2)).mean()
+    assert table["score"][table["split"] == "train"] == pytest.approx(float(whole), rel=1e-4)
+    assert len(read_table(stage(none_dictionary(SITE, WIDTH), method="decoder_only")["scores"])["score"]) == 0

@@ -7,7 +7,9 @@ import torch
 
 from circuitflow.attribution.cached import Cached
 from circuitflow.attribution.changes import changes_of, differing, effects_of
-from circuitflow.attribution.pullback import End, edge_effects
+from circuitflow.attribution.ends import End
+from circuitflow.attribution.nodes import ERROR, SUMMED
+from circuitflow.attribution.pullback import Into, edge_effects
 from circuitflow.attribution.scores import score_pairs
 from circuitflow.models.running import run
 from tests.fixtures.attribution_toy import (
@@ -30,6 +32,18 @@ def totals(dictionary, cached, pairs) -> torch.Tensor:
     effects = effects_of(changes_of(dictionary, cached, pairs), dictionary.W_dec)
     total = torch.zeros(len(pairs), dictionary.d_dict + 1, dtype=torch.float64)
     return total.index_put_((effects.pair, effects.node), effects.effect, accumulate=True)
+
+
+def end_at(site, dictionary, features) -> End:
+    """Some features and the error, summed over positions."""
+    node = torch.cat([features, torch.tensor([ERROR])])
+    return End(site, dictionary, node, torch.full_like(node, SUMMED))
+
+
+def edges_between(lm, pairs, up, down, at_up, at_down) -> torch.Tensor:
+    """Edges of a run with these two sites alone: (pairs, up nodes, down nodes and the rest)."""
+    into = Into(down.site, (up,), down, (up.site, down.site), False, METRIC)
+    return edge_effects(lm, pairs, into, {up.site: at_up, down.site: at_down})[up.site]
 
 
 class Linear:
@@ -106,9 +120,9 @@ def test_linear_model_edges_are_matrix_products(linear, random_lm, monkeypatch):
     fake = type("Run", (), {"sites": {"resid.0": leaf, "resid.1": model.down(leaf)}})
     monkeypatch.setattr("circuitflow.attribution.pullback.run", lambda *_, **__: fake)
     up, down = (
-        End(site, identity_dictionary(site, WIDTH), torch.arange(WIDTH)) for site in ("resid.0", "resid.1")
+        end_at(site, identity_dictionary(site, WIDTH), torch.arange(WIDTH)) for site in ("resid.0", "resid.1")
     )
-    weights = edge_effects(random_lm("llama"), pairs, up, down, at_up, at_down)
+    weights = edges_between(random_lm("llama"), pairs, up, down, at_up, at_down)
     change = model.patched - model.clean
     expected = torch.einsum("btd,ts,ud,bsu->bud", at_down.gradient, model.mix, model.map, change)
     assert torch.allclose(weights[:, :WIDTH, :WIDTH], expected, atol=1e-12)
@@ -161,9 +175,9 @@ def test_clean_equal_to_patch_scores_zero(random_lm):
     lm, pairs = random_lm("llama"), toy_pairs()
     same = replace(pairs, patch=pairs.clean)
     cached = cached_sites(lm, same, ["resid.0", "resid.1"])
-    up, down = (End(site, toy_dictionary(site, WIDTH), torch.arange(5)) for site in cached)
+    up, down = (end_at(site, toy_dictionary(site, WIDTH), torch.arange(5)) for site in cached)
     assert not totals(up.dictionary, cached["resid.0"], same).any()
-    assert not edge_effects(lm, same, up, down, cached["resid.0"], cached["resid.1"]).any()
+    assert not edges_between(lm, same, up, down, cached["resid.0"], cached["resid.1"]).any()
 
 
 class Splice:
@@ -244,9 +258,9 @@ def test_edges_conserve_the_score_of_every_upstream_node(random_lm, architecture
     lm, pairs = random_lm(architecture), toy_pairs()
     for up_site, down_site in (("embed", "resid.0"), ("resid.0", "resid.1"), ("embed", "resid.1")):
         cached = cached_sites(lm, pairs, [up_site, down_site])
-        up = End(up_site, toy_dictionary(up_site, WIDTH, seed=1), torch.arange(24))
-        down = End(down_site, toy_dictionary(down_site, WIDTH, seed=2), torch.tensor([1, 4, 6, 11, 20]))
-        weights = edge_effects(lm, pairs, up, down, cached[up_site], cached[down_site])
+        up = end_at(up_site, toy_dictionary(up_site, WIDTH, seed=1), torch.arange(24))
+        down = end_at(down_site, toy_dictionary(down_site, WIDTH, seed=2), torch.tensor([1, 4, 6, 11, 20]))
+        weights = edges_between(lm, pairs, up, down, cached[up_site], cached[down_site])
         scores = totals(up.dictionary, cached[up_site], pairs)
         assert scores[:, -1].abs().min() > 1e-4
         assert torch.allclose(weights.sum(2), scores, rtol=1e-10, atol=1e-12)
@@ -255,11 +269,11 @@ def test_edges_conserve_the_score_of_every_upstream_node(random_lm, architecture
 def test_edges_to_the_pool_do_not_depend_on_the_pool(random_lm):
     lm, pairs = random_lm("llama"), toy_pairs()
     cached = cached_sites(lm, pairs, ["resid.0", "resid.1"])
-    up, down = (End(site, toy_dictionary(site, WIDTH), torch.arange(24)) for site in cached)
-    small = End("resid.1", down.dictionary, torch.tensor([2, 5, 9]))
-    full = edge_effects(lm, pairs, up, down, *cached.values())
-    part = edge_effects(lm, pairs, up, small, *cached.values())
-    assert torch.allclose(part[..., :3], full[..., small.pool], atol=1e-14)
+    up, down = (end_at(site, toy_dictionary(site, WIDTH), torch.arange(24)) for site in cached)
+    small = end_at("resid.1", down.dictionary, torch.tensor([2, 5, 9]))
+    full = edges_between(lm, pairs, up, down, *cached.values())
+    part = edges_between(lm, pairs, up, small, *cached.values())
+    assert torch.allclose(part[..., :3], full[..., small.features], atol=1e-14)
     assert torch.allclose(part[..., 3], full[..., 24], atol=1e-14)
     others = torch.tensor([f for f in range(24) if f not in (2, 5, 9)])
     assert torch.allclose(part[..., 4], full[..., others].sum(-1), atol=1e-14)
@@ -268,9 +282,9 @@ def test_edges_to_the_pool_do_not_depend_on_the_pool(random_lm):
 def test_unpaired_scores_and_edges_are_conserved_too(random_lm):
     lm, pairs = random_lm("llama"), toy_pairs(paired=False)
     cached = cached_sites(lm, pairs, ["resid.0", "resid.1"])
-    up, down = (End(site, toy_dictionary(site, WIDTH), torch.arange(24)) for site in cached)
+    up, down = (end_at(site, toy_dictionary(site, WIDTH), torch.arange(24)) for site in cached)
     scores = totals(up.dictionary, cached["resid.0"], pairs)
-    weights = edge_effects(lm, pairs, up, down, *cached.values())
+    weights = edges_between(lm, pairs, up, down, *cached.values())
     assert torch.allclose(weights.sum(2), scores, rtol=1e-10, atol=1e-12)
     taken_away = (
         cached["resid.0"].gradient * (up.dictionary.b_dec - cached["resid.0"].clean) * pairs.mask[..., None]

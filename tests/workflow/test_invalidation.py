@@ -15,10 +15,18 @@ FIGURES = {
     f"plot_{name}": 1
     for name in (
         "task_accuracy", "training_curves", "layer_importance", "agreement", "top_features", "faithfulness", "circuit",
+        "circuit_positions", "stability",
     )
 }  # fmt: skip
 PAGE = {"build_report": 1}
-CIRCUIT = {"assemble_circuit": 1, "plot_circuit": 1, **PAGE}
+CIRCUIT = {
+    "assemble_circuit": 1,
+    "plot_circuit": 1,
+    "plot_circuit_positions": 1,
+    "circuit_stability": 1,
+    "plot_stability": 1,
+    **PAGE,
+}
 FAITHFULNESS = {"evaluate_circuit": 1, "plot_faithfulness": 1, **PAGE}
 AFTER_EDGES = CIRCUIT | FAITHFULNESS
 AFTER_RANKING = AFTER_EDGES | {
@@ -28,8 +36,9 @@ AFTER_RANKING = AFTER_EDGES | {
     "plot_agreement": 1,
     "plot_top_features": 1,
 }
-AFTER_POOL = AFTER_EDGES | {"score_edges": SITES - 1, "describe_features": SITES, "plot_top_features": 1}
-AFTER_SCORES = AFTER_RANKING | {"score_nodes": SITES, "score_edges": SITES - 1}
+AFTER_POOL = AFTER_EDGES | {"score_edges": SITES, "describe_features": SITES, "plot_top_features": 1}
+AFTER_SCORES = AFTER_RANKING | {"score_nodes": SITES, "score_edges": SITES}
+AFTER_METHOD = AFTER_SCORES | {"cache_method_gradients": 2}
 AFTER_DICTIONARIES = AFTER_SCORES | {
     "train_dictionary": SITES,
     "measure_dictionary": SITES,
@@ -81,7 +90,25 @@ CONFIG_EDITS = {
         | dict.fromkeys(
             ("train_dictionary", "measure_dictionary", "score_nodes", "describe_features"), SITES + 1
         )
-        | {"score_edges": SITES},
+        | {"score_edges": SITES + 1},
+    ),
+    "another method": ("scores: {overlap", "scores: {method: relp, overlap", AFTER_METHOD),
+    "steps of a method that is not used": ("scores: {overlap", "scores: {steps: 20, overlap", PAGE),
+    "pruning": ("edges: {top: 40}", "edges: {top: 40}\n  prune: sink_backwards", AFTER_EDGES),
+    "resamples of the stability": (
+        "edges: {top: 40}",
+        "edges: {top: 40}\n  stability: 100",
+        {"circuit_stability": 1, "plot_stability": 1, **PAGE},
+    ),
+    "draws of edges": (
+        "edges: {pool: 12}",
+        "edges: {pool: 12, draws: 20}",
+        AFTER_EDGES | {"score_edges": SITES},
+    ),
+    "a faithfulness to be searched": (
+        "nodes: {top: 20}",
+        "nodes: {faithfulness: 0.5}",
+        AFTER_EDGES | {"search_circuit": 1},
     ),
     "pool of edges": ("edges: {pool: 12}", "edges: {pool: 14}", AFTER_POOL),
     "overlap@k": (
@@ -146,7 +173,7 @@ CODE_EDITS = {
         "circuitflow/attribution/edges.py",
         "import torch\n",
         "import torch\n\nUNUSED = 1\n",
-        {"score_edges": SITES - 1} | AFTER_EDGES,
+        {"score_edges": SITES} | AFTER_EDGES,
     ),
 }
 
@@ -209,7 +236,7 @@ def test_going_to_other_settings_and_back_computes_nothing_again(finished: Clone
     for rule in ("train_dictionary", "measure_dictionary", "score_nodes", "score_edges", "evaluate_circuit"):
         assert f"{rule}" in output
     kept = output.count("kept from an earlier run")
-    assert kept == 3 * SITES + (SITES - 1) + 1 + SITES, output
+    assert kept == 3 * SITES + SITES + 1 + SITES, output
 
 
 @pytest.mark.slow
