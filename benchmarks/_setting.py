@@ -222,9 +222,11 @@ def draw_growth(
             if column == 0:
                 axes.set_ylabel(label)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
-    figure.suptitle(title, y=1.03, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.95), ncols=len(labels), frameon=False
+    )
+    figure.suptitle(title, y=0.99, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

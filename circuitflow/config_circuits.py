@@ -24,7 +24,7 @@ class ScoresSection(Section):
     prompts of one length."""
     ranking: Literal["absolute", "signed"] = "absolute"
     """absolute: strong nodes have a large |score| | signed: a large score, so that they support the right answer."""
-    budget: Positive | None = 256
+    budget: Positive | None = 64
     """exact: nodes patched per site, the strongest by atp; null patches all that differ."""
     compare: list[Method] = ["atp", "ig", "relp", "exact"]
     """Methods that the target `methods` compares; the last is what the others are held against."""
