@@ -17,6 +17,8 @@ from circuitflow.models.sites import parse_site
 from circuitflow.store.objects import read_manifest
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
+OF_MODEL = {"model", "corpus", "activations", "dictionaries", "studies", "objects"}
+OF_TASK = {"pairs", "tokens", "confident", "gradients", "gradients.ig", "gradients.relp", "figures"}
 UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "text", "bundled", "files", "task"}
 
 
@@ -29,6 +31,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(_sentence(error, [])) from None
+    _check_names(config)
     _check_overrides(config)
     _check_sites(config)
     _check_text(config)
@@ -57,6 +60,18 @@ def check_against_model(config: Config, manifest: Path) -> None:
     details = prepared.details
     for site in config.sites:
         check_site(parse_site(site), ARCHITECTURES[details["architecture"]], details["layers"])
+
+
+def _check_names(config: Config) -> None:
+    """Names that are folders of stages."""
+    for key, name, taken in (
+        ("task.name", config.task.name, OF_MODEL),
+        ("dictionaries.name", config.dictionaries.name, OF_TASK),
+    ):
+        if name in taken or (key == "dictionaries.name" and name.startswith("cluster-")):
+            raise UserError(
+                f"Key {key} is {name}, the name of a folder that stages write to; choose another."
+            )
 
 
 def _check_sites(config: Config) -> None:

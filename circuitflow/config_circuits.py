@@ -53,7 +53,7 @@ class EdgesSection(Section):
     """Memory of one batched product; decides how many downstream nodes go together."""
     exact: int = Field(default=0, ge=0)
     """Upstream nodes per site whose edges are measured exactly as well, by patching them and running the blocks."""
-    draws: int = Field(default=50, ge=0)
+    draws: Positive = 50
     """Bootstrap draws of pairs behind the stability of edges."""
 
 

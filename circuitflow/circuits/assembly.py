@@ -237,5 +237,5 @@ def _without_search(rule: Mapping[str, Any], search: Sequence[Path]) -> Mapping[
 
 def _total_nodes(dictionaries: Sequence[Path], table: Table) -> int:
     """All nodes of all sites, those included that never have an effect."""
-    places = len(np.unique(table["position"]))
+    places = max(1, int(table["position"].max(initial=SUMMED)) + 1)
     return sum(load_dictionary(path).d_dict + 1 for path in dictionaries) * places

@@ -1,5 +1,6 @@
 """The circuit: nodes and edges with their scores, how they were chosen, and what their numbers mean."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +88,24 @@ def read_circuit(path: Path) -> Circuit:
         raise UserError(
             f"File {path} is not a circuit of the format {FORMAT}; run the stage assemble_circuit again."
         )
+    try:
+        circuit = _parsed(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Circuit {path} is damaged or was edited ({error}); run the stage assemble_circuit again."
+        ) from None
+    return circuit
+
+
+def _parsed(value: Mapping[str, Any]) -> Circuit:
     nodes = tuple(Node(**{key: node[key] for key in Node.__dataclass_fields__}) for node in value["nodes"])
     edges = tuple(Edge(**edge) for edge in value["edges"])
+    names = {node.id for node in nodes}
+    unknown = {end for edge in edges for end in (edge.up, edge.down)} - names - {METRIC}
+    if len(names) < len(nodes) or unknown:
+        raise ValueError(f"an edge names {min(unknown)}" if unknown else "a node is listed twice")
+    if not all(math.isfinite(number) for number in (*(n.score for n in nodes), *(e.weight for e in edges))):
+        raise ValueError("a score or weight is not a number")
     return Circuit(
         tuple(value["sites"]), nodes, edges, value["selection"], value["conventions"], value["provenance"]
     )

@@ -9,8 +9,7 @@ import numpy as np
 
 from circuitflow.attribution.intervals import INTERVAL
 from circuitflow.attribution.nodes import ERROR, SUMMED, kinds, strength
-from circuitflow.attribution.nodes import METRIC as METRIC_NUMBER
-from circuitflow.circuits.circuit import METRIC, Circuit, Node, read_circuit
+from circuitflow.circuits.circuit import Circuit, Node, read_circuit
 from circuitflow.circuits.selection import chosen
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
@@ -154,6 +153,8 @@ def node_stability(
 def candidate_edges(edges: Path, draws: Path, nodes: Sequence[Node]) -> tuple[Columns, np.ndarray]:
     """Edges of one table between nodes of the circuit (up, down, weight) and their draws (draws, edges).
 
+    Edges into the metric are left out: no rule chooses them.
+
     :raises UserError: the draws have other rows than the edges.
     """
     table, down = read_table(edges), read_provenance(edges)["params"]["down"]
@@ -164,7 +165,6 @@ def candidate_edges(edges: Path, draws: Path, nodes: Sequence[Node]) -> tuple[Co
             f"Draws {draws} do not fit the edges {edges}; run score_edges again with edges.draws above 0."
         )
     ids = {(node.site, node.feature, _position(node)): node.id for node in nodes}
-    ids[METRIC, METRIC_NUMBER, SUMMED] = METRIC
     up_ends = zip(table["up_site"], table["up_feature"].tolist(), table["up_position"].tolist(), strict=True)
     down_ends = zip(table["down_feature"].tolist(), table["down_position"].tolist(), strict=True)
     up = np.array([ids.get(end) for end in up_ends], object)
@@ -179,20 +179,19 @@ def edge_stability(
 ) -> Columns:
     """What :func:`node_stability` tells of nodes, of candidate edges; their draws must be equally many.
 
-    Weights of exactly 0 are no candidates; of ``sparsity`` the whole is all candidates.
-    Edges into the metric are subject to no rule: they pass wherever they are not 0.
+    The nodes stay those of the circuit. Weights of exactly 0 are no candidates; of ``sparsity`` the whole is all
+    candidates.
     """
     if not tables:
         return _no_edges()
     joined = {name: np.concatenate([table[name] for table, _ in tables]) for name in tables[0][0]}
     resamples = min(len(draws) for _, draws in tables)
     draws = np.concatenate([draw[:resamples] for _, draw in tables], 1)
-    free = joined["down"] == METRIC
-    whole = int((~free & (joined["weight"] != 0)).sum())
+    whole = int((joined["weight"] != 0).sum())
 
     def passing(weights: np.ndarray) -> np.ndarray:
-        found = free & (weights != 0)
-        rows = np.flatnonzero(~free & (weights != 0))
+        found = np.zeros(len(weights), bool)
+        rows = np.flatnonzero(weights)
         found[rows[chosen(strength(weights[rows], ranking), rule, max(whole, len(rows)))]] = True
         return found
 
@@ -201,7 +200,7 @@ def edge_stability(
         "passes": passing(joined["weight"]),
         "selected": np.mean([passing(draw) for draw in draws], 0),
         **_spread(joined["weight"], draws),
-        "resamples": np.full(len(free), resamples, np.int64),
+        "resamples": np.full(len(joined["weight"]), resamples, np.int64),
     }
 
 
@@ -210,7 +209,7 @@ def _train(table: Columns, number: int, site: str, path: Path) -> Columns:
     if not here.any():
         raise UserError(
             f"Table {path} has no effects of single training pairs at {site}, which stability resamples; "
-            "score with a method that gives them (all but decoder_only), or set circuit.stability to 0."
+            "score with a method that gives them (all but decoder_only)."
         )
     columns = {name: table[name][here] for name in ("feature", "position", "pair", "score")}
     return {"site": np.full(int(here.sum()), number, np.int64), **columns}

@@ -162,12 +162,12 @@ class Quality:
     @property
     def silent_share(self) -> float:
         """Share of features that were active in no vector."""
-        return float((self.fired == 0).double().mean())
+        return float((self.fired == 0).sum()) / max(1, len(self.fired))
 
     @property
     def high_frequency_share(self) -> float:
         """Share of features that were active in more than a tenth of the vectors."""
-        return float((self.densities > HIGH_FREQUENCY).mean())
+        return float((self.densities > HIGH_FREQUENCY).sum()) / max(1, len(self.densities))
 
     def density_histogram(self) -> np.ndarray:
         """Features per interval of :data:`DENSITY_EDGES`, without those never active or rarer than the first edge."""

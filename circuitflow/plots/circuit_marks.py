@@ -167,18 +167,19 @@ def words_of(description: Description | None) -> list[str]:
 
 
 def chosen_how(circuit: Circuit) -> str:
-    """How nodes and edges were chosen: "Chosen: nodes top 60 of 196, edges top 150 of 620"."""
+    """How nodes and edges were chosen: "Chosen: nodes by top 60 of 196; edges by top 150 of 620; …"."""
     told = []
     for name, total in (("nodes", "candidates"), ("edges", "possible_edges")):
         rule = circuit.selection.get(name)
         if isinstance(rule, Mapping) and rule:
             words = ", ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in rule.items())
-            pool = circuit.selection.get(total)
+            whole = "total_nodes" if name == "nodes" and "sparsity" in rule else total
+            pool = circuit.selection.get(whole)
             told.append(f"{name} by {words}" + (f" of {pool}" if pool is not None else ""))
     prune = circuit.selection.get("prune")
     if isinstance(prune, str) and prune != "none":
         told.append(f"pruned {prune.replace('_', ' ')}")
-    return f"Chosen: {'; '.join(told)}." if told else ""
+    return f"Chosen: {'; '.join(told)}; all edges into the metric." if told else ""
 
 
 def _value(value: Any) -> str:

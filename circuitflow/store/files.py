@@ -53,4 +53,6 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"File {path} does not exist; run the stage that makes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"File {path} is not valid JSON ({error}); delete it and run again.") from None
+        raise UserError(
+            f"File {path} is not valid JSON ({error}); if a stage made it, run that again."
+        ) from None

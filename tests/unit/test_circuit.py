@@ -160,3 +160,26 @@ def test_nodes_without_a_path_to_the_metric():
     assert without_path_to_metric(NODES, EDGES[:1]) == [node.id for node in NODES]
     loop = (*EDGES, Edge("resid.3/1@2", "resid.0/4", 1.0))
     assert without_path_to_metric(NODES, loop) == ["resid.0/error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: said.pop("provenance"), "'provenance'"),
+        (lambda said: said["nodes"].append(said["nodes"][0]), "a node is listed twice"),
+        (
+            lambda said: said["edges"].append({"up": "resid.9/1", "down": "metric", "weight": 1.0}),
+            "resid.9/1",
+        ),
+        (lambda said: said["nodes"][0].update(score="high"), "damaged or was edited"),
+        (lambda said: said["nodes"][0].update(score=float("nan")), "not a number"),
+    ],
+)
+def test_a_damaged_circuit_ends_with_one_sentence(tmp_path, change, message):
+    path = tmp_path / "circuit.json"
+    write_circuit(path, Circuit(("resid.0",), (Node("resid.0", "feature", 1, 0.5),), ()))
+    said = json.loads(path.read_text(encoding="utf-8"))
+    change(said)
+    path.write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_circuit(path)

@@ -268,9 +268,15 @@ def test_labels_stay_in_their_boxes(value, stages):
 
 
 def test_how_nodes_were_chosen_is_said(value):
-    assert chosen_how(value) == "Chosen: nodes by top 60 of 1581; edges by top 150 of 620."
+    assert (
+        chosen_how(value)
+        == "Chosen: nodes by top 60 of 1581; edges by top 150 of 620; all edges into the metric."
+    )
     other = Circuit((), (), (), {"nodes": {"effect_share": 0.9}, "prune": "source_to_sink"})
-    assert chosen_how(other) == "Chosen: nodes by effect share 0.900; pruned source to sink."
+    assert (
+        chosen_how(other)
+        == "Chosen: nodes by effect share 0.900; pruned source to sink; all edges into the metric."
+    )
     assert chosen_how(Circuit((), (), ())) == ""
 
 

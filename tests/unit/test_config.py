@@ -111,6 +111,8 @@ MISTAKES = [
     (put("sites", ["resid.x"]), "Site 'resid.x' needs a layer"),
     (put("sites", ["residd.3"]), "did you mean 'resid'?"),
     (put("sites", ["resid.3", "resid.3"]), "Key sites lists resid.3 more than once"),
+    (put("task/name", "dictionaries"), "Key task.name is dictionaries, the name of a folder"),
+    (put("dictionaries/name", "cluster-0"), "Key dictionaries.name is cluster-0, the name of a folder"),
     (put("sites", ["mlp_in.3"]), "Key sites has mlp_in.3, which is only read, by transcoders"),
     (put("model/architecture", "lama"), "did you mean 'llama'?"),
     (put("model/source/kind", "whel"), "Key model.source.kind is whel; did you mean 'wheel'?"),

@@ -153,13 +153,10 @@ def test_edges_by_hand(tmp_path):
     assert signed["selected"].tolist() == [0, 0.25, 0.75]
 
 
-def test_edges_into_the_metric_pass_wherever_they_are_not_zero(tmp_path):
-    inner = candidate_edges(*write_edges(tmp_path, "resid.1", [("resid.0", 3, 3, 1.0)], [[1], [1]]), [R3, S3])
+def test_edges_into_the_metric_are_no_candidates(tmp_path):
     last = candidate_edges(*write_edges(tmp_path, METRIC, [("resid.1", 3, -3, -3.0)], [[0], [-3]]), [R3, S3])
-    found = edge_stability([inner, last], {"top": 0}, "absolute")
-    assert found["down"].tolist() == ["resid.1/3", METRIC]
-    assert found["passes"].tolist() == [False, True]
-    assert found["selected"].tolist() == [0, 0.5]
+    assert last[0]["up"].tolist() == []
+    assert last[1].shape == (2, 0)
 
 
 def test_draws_of_another_table_are_refused(tmp_path):
@@ -192,5 +189,5 @@ def test_the_stage_writes_both_tables(pairs, tmp_path):
     assert nodes["passes"].sum() == 3
     assert set(nodes["pairs"]) == {4}
     assert not math.isnan(nodes["low"].sum())
-    assert found["in_circuit"].tolist() == [True, False, True]
-    assert found["selected"].tolist() == [0.5, 0.5, 1]
+    assert found["in_circuit"].tolist() == [True, False]  # edges into the metric are subject to no rule
+    assert found["selected"].tolist() == [0.5, 0.5]
