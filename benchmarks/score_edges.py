@@ -41,7 +41,7 @@ from circuitflow.attribution.changes import changes_of, effects_of
 from circuitflow.attribution.ends import End, targets_of
 from circuitflow.attribution.in_loop import Splice, encoded
 from circuitflow.attribution.nodes import ERROR, SUMMED
-from circuitflow.attribution.paths import METRIC_SITE, Blocks, begin, is_direct, neighbours
+from circuitflow.attribution.paths import METRIC_SITE, Blocks, Way, begin, neighbours, way_into
 from circuitflow.attribution.pullback import Into, edge_effects
 from circuitflow.models.running import run
 
@@ -79,8 +79,8 @@ def into(setting: Setting, at: Mapping[str, End], down: str) -> Into:
     sites, blocks = tuple(setting.sizes.sites), Blocks(setting.lm.n_layers, setting.lm.arch.parallel)
     ups = tuple(at[site] for site in neighbours(sites, blocks)[down])
     if down == METRIC_SITE:
-        return Into(down, ups, None, sites, False, METRIC)
-    return Into(down, ups, at[down], sites, is_direct(down, sites, blocks))
+        return Into(down, ups, None, sites, Way.MIXING, METRIC)
+    return Into(down, ups, at[down], sites, way_into(down, sites, blocks))
 
 
 def edges(

@@ -15,7 +15,7 @@ from circuitflow.attribution.changes import changes_of
 from circuitflow.attribution.ends import End, sources_of
 from circuitflow.attribution.exact_edges import exact_effects
 from circuitflow.attribution.nodes import METRIC, REST, SUMMED, kinds, top_nodes
-from circuitflow.attribution.paths import METRIC_SITE, Blocks, begin, is_direct, neighbours
+from circuitflow.attribution.paths import METRIC_SITE, Blocks, Way, begin, neighbours, way_into
 from circuitflow.attribution.pullback import Into, edge_effects
 from circuitflow.attribution.sums import Sums, keep, kept, no_sums, poisson
 from circuitflow.data.metrics import metric_of
@@ -132,7 +132,9 @@ def nodes_at_once(lm: LanguageModel, into: Into, batch: Batch, memory_mb: int) -
 def _estimate(into: Into, seconds: float, at_once: int) -> None:
     nodes = 1 if into.end is None else len(into.end) + 1
     how = (
-        "in closed form" if into.direct else f"{min(at_once, nodes)} of {nodes} downstream nodes per product"
+        "in closed form"
+        if into.way is Way.ADDED
+        else f"{min(at_once, nodes)} of {nodes} downstream nodes per product"
     )
     logger.info("edges into %s from %d sites, %s: about %s", into.down, len(into.ups), how, clock(seconds))
 
@@ -156,9 +158,9 @@ def _into(lm: LanguageModel, inputs: Mapping[str, Any], params: Mapping[str, Any
         if site in there
     )
     if down == METRIC_SITE:
-        return Into(down, ups, None, sites, False, metric_of(params["metric"]), params["positions"])
+        return Into(down, ups, None, sites, Way.MIXING, metric_of(params["metric"]), params["positions"])
     end = _end(down, Path(inputs["dictionary_down"]), Path(inputs["scores_down"]), params, lm)
-    return Into(down, ups, end, sites, is_direct(down, sites, blocks), None, params["positions"])
+    return Into(down, ups, end, sites, way_into(down, sites, blocks), None, params["positions"])
 
 
 def _end(site: str, dictionary: Path, scores: Path, params: Mapping[str, Any], lm: LanguageModel) -> End:

@@ -69,19 +69,25 @@ class Targets:
         """Numbers of the nodes whose cotangent is not zero throughout the batch; the rest is number ``len(end)``."""
         return self._passing().any(0).nonzero()[:, 0]
 
-    def shared(self, batch: int) -> Int64[Tensor, "rows batch"]:
-        """Nodes that can be pulled back at once, since pairs do not mix: in each row one node of each pair, or −1.
+    def shared(self, by_token: bool) -> Int64[Tensor, "rows n"]:
+        """Nodes that can be pulled back at once, since pairs do not mix: in each row a node for every token, or −1.
 
-        Every node stands once for each pair in which its cotangent is not zero: as many rows as the pair with the most
-        nodes has.
+        A node's tokens in a pair are in one row: as many rows as the pair with the most nodes has.
+
+        :param by_token: tokens do not mix either: as many rows as the token with the most nodes has.
         """
         passing = self._passing()
-        counts = torch.zeros(batch, passing.shape[1], device=passing.device)
-        here = counts.index_add_(0, self.pair, passing.to(counts.dtype)) > 0
-        pair, node = here.nonzero(as_tuple=True)
-        rows = torch.full((int(here.sum(1).max()), batch), -1, device=node.device)
-        rows[here.cumsum(1)[pair, node] - 1, pair] = node
-        return rows
+        if by_token:
+            group = torch.arange(len(passing), device=passing.device)
+            here = passing
+        else:
+            group = self.pair
+            counts = torch.zeros(int(group.max()) + 1, passing.shape[1], device=passing.device)
+            here = counts.index_add_(0, group, passing.to(counts.dtype)) > 0
+        place, node = here.nonzero(as_tuple=True)
+        rows = torch.full((int(here.sum(1).max()), len(here)), -1, device=node.device)
+        rows[here.cumsum(1)[place, node] - 1, place] = node
+        return rows[:, group]
 
     def _passing(self) -> Bool[Tensor, "n nodes"]:
         """Where each node, and the rest, passes anything on."""
@@ -91,16 +97,14 @@ class Targets:
         return torch.cat([here, self.rest.any(1, keepdim=True)], dim=1)
 
     def cotangents(
-        self, nodes: Int64[Tensor, " m"] | Int64[Tensor, "m batch"], like: Tensor
+        self, nodes: Int64[Tensor, " m"] | Int64[Tensor, "m n"], like: Tensor
     ) -> Float[Tensor, "m batch pos d_model"]:
         """Cotangents at the downstream site, shaped ``like`` its value; zero at all other tokens.
 
-        :param nodes: one for all pairs, or one for each as in :meth:`shared`.
+        :param nodes: one for all tokens, or one for each as in :meth:`shared`.
         """
         features, end = len(self.directions), self.end
-        node = nodes.view(len(nodes), -1).expand(-1, len(like))[
-            :, self.pair
-        ]  # (m, n); −1 is the last of the lists
+        node = nodes.view(len(nodes), -1).expand(-1, len(self.pair))  # −1 is the last of the lists
         column = torch.cat([end.column, end.column.new_tensor([features + 1, features + 2])])[node]
         place = torch.cat([end.position, end.position.new_full((2,), SUMMED)])[node]
         there = (place == SUMMED) | (place == self.position)
@@ -175,11 +179,33 @@ class Sources:
 
     def effects(self, gradient: Float[Tensor, "m batch pos d_model"]) -> Float[Tensor, "batch nodes m"]:
         """gradient · change of every node, summed over the node's tokens; float64."""
+        return self.by_node(self._each(gradient), gradient.shape[1:3])
+
+    def effects_through(
+        self, gradient: Float[Tensor, "m batch pos d_model"], nodes: Int64[Tensor, "m n"], columns: int
+    ) -> Float[Tensor, "batch nodes columns"]:
+        """The same where each row of the gradient belongs to several downstream nodes, one for every token.
+
+        :param nodes: numbers below ``columns``, −1 where there is none.
+        """
+        each, batch, end = self._each(gradient), gradient.shape[1], self.end
+        found = each.new_zeros(batch, len(end), columns)
+        into = self.pair * (columns + 1) + torch.where(nodes < 0, columns, nodes)
+        for place in end.position.unique().tolist():
+            here = slice(None) if place == SUMMED else self.position == place
+            total = each.new_zeros(batch * (columns + 1), each.shape[1])
+            total.index_add_(0, into[:, here].flatten(), each[here].permute(2, 0, 1).flatten(0, 1))
+            ups = end.position == place
+            total = total.view(batch, columns + 1, -1)[:, :columns, end.column[ups]]
+            found[:, ups] = total.transpose(1, 2)
+        return found
+
+    def _each(self, gradient: Float[Tensor, "m batch pos d_model"]) -> Float[Tensor, "n columns m"]:
+        """gradient · change of every feature, and of the error, at each token."""
         here = gradient[:, self.pair, self.position].to(self.directions.dtype)  # (m, n, d_model)
         features = torch.matmul(here, self.directions.T) * self.values
         error = torch.einsum("mnd,nd->mn", here, self.error)
-        each = torch.cat([features, error[..., None]], dim=2).permute(1, 2, 0).double()
-        return self.by_node(each, gradient.shape[1:3])
+        return torch.cat([features, error[..., None]], dim=2).permute(1, 2, 0).double()
 
     def by_node(
         self, each: Float[Tensor, "n columns m"], shape: tuple[int, ...] | torch.Size

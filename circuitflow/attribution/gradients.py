@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from circuitflow.attribution.cached import PARTS, trimmed
-from circuitflow.attribution.readout import answer_logits
+from circuitflow.attribution.readout import answer_logits, metric_of_run
 from circuitflow.data.metrics import Metric, metric_of
 from circuitflow.data.token_pairs import TokenPairs, load_token_pairs
 from circuitflow.errors import UserError
@@ -80,10 +80,8 @@ def gradients_of(
         name: run(lm, tokens[name], pairs.mask, capture=sites, stop_at=final, grad=name == base)
         for name in wanted
     }
-    logits = {name: answer_logits(lm, this, pairs.position) for name, this in runs.items()}
-    with torch.enable_grad():
-        reference = logits["clean"].detach()
-        values = {name: metric(logits[name], pairs.right, pairs.wrong, reference) for name in wanted}
+    reference = answer_logits(lm, runs["clean"], pairs.position).detach() if metric.kind == "kl" else None
+    values = {name: metric_of_run(lm, metric, this, pairs, reference) for name, this in runs.items()}
     points = [runs[base].sites[site] for site in sites]
     gradients = torch.autograd.grad(values[base].sum(), points)
     return _arrays(pairs, sites, runs, values, gradients)

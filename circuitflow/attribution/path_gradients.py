@@ -17,7 +17,7 @@ from torch import Tensor
 from circuitflow.attribution.cached import trimmed
 from circuitflow.attribution.changes import differing
 from circuitflow.attribution.gradients import gradient_run
-from circuitflow.attribution.readout import answer_logits
+from circuitflow.attribution.readout import answer_logits, metric_of_run
 from circuitflow.attribution.rerun import BaseRun, base_run, starts_of
 from circuitflow.data.metrics import Metric, metric_of
 from circuitflow.data.token_pairs import TokenPairs, load_token_pairs
@@ -123,8 +123,7 @@ def relp_gradients(
     tokens = pairs.clean if gradient_run(metric) == "clean" else pairs.patch
     with linearised(lm, rules), torch.enable_grad():
         this = run(lm, tokens, pairs.mask, capture=sites, stop_at=final, grad=True)
-        logits = answer_logits(lm, this, pairs.position)
-        value = metric(logits, pairs.right, pairs.wrong, reference)
+        value = metric_of_run(lm, metric, this, pairs, reference)
     gradients = torch.autograd.grad(value.sum(), [this.sites[site] for site in sites])
     return {site: g * pairs.mask[..., None] for site, g in zip(sites, gradients, strict=True)}
 

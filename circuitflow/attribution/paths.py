@@ -7,6 +7,7 @@ sites). Two sites are neighbours if a path joins them that passes no third one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from circuitflow.models.sites import Site, parse_site
 
@@ -45,13 +46,21 @@ def possible_neighbours(sites: Sequence[str]) -> dict[str, list[str]]:
     return neighbours(sites, Blocks(deepest + 1))
 
 
-def is_direct(down: str, sites: Sequence[str], blocks: Blocks) -> bool:
-    """Whether everything that reaches ``down`` without passing another site is just added to the residual stream.
+class Way(IntEnum):
+    """What the paths from a site's neighbours to it lead through, at most."""
 
-    Then ∂(down)/∂(up) is the identity for each of its neighbours and its edges have a closed form.
-    """
-    _, computed = _upstream(parse_site(down), {parse_site(site) for site in sites}, blocks)
-    return not computed
+    ADDED = 0
+    """All that arrives is just added up: ∂(down)/∂(up) is the identity, and edges have a closed form."""
+    BY_TOKEN = 1
+    """Norms and MLPs, each token for itself: nodes that are active at different tokens can share a product."""
+    MIXING = 2
+    """Attention: only nodes that are active in different pairs can."""
+
+
+def way_into(down: str, sites: Sequence[str], blocks: Blocks) -> Way:
+    """What everything that reaches ``down`` without passing another site of the list has passed."""
+    end = None if down == METRIC_SITE else parse_site(down)
+    return _upstream(end, {parse_site(site) for site in sites}, blocks)[1]
 
 
 def begin(down: str, sites: Sequence[str]) -> str | None:
@@ -65,27 +74,27 @@ def begin(down: str, sites: Sequence[str]) -> str | None:
     return str(max(before)) if before else None
 
 
-def _upstream(target: Site | None, listed: set[Site], blocks: Blocks) -> tuple[set[Site], bool]:
-    """Sites of the list that reach ``target`` first, and whether any way there leads through a sublayer."""
+def _upstream(target: Site | None, listed: set[Site], blocks: Blocks) -> tuple[set[Site], Way]:
+    """Sites of the list that reach ``target`` first, and what the ways there lead through."""
     reached: set[Site] = set()
-    computed = False
+    passed = Way.ADDED
     seen: set[Site] = set()
     waiting = [target]
     while waiting:
-        for site, added in _read_by(waiting.pop(), blocks):
-            computed |= not added
+        for site, way in _read_by(waiting.pop(), blocks):
+            passed = max(passed, way)
             if site in listed:
                 reached.add(site)
             elif site not in seen:
                 seen.add(site)
                 waiting.append(site)
-    return reached, computed
+    return reached, passed
 
 
-def _read_by(site: Site | None, blocks: Blocks) -> list[tuple[Site, bool]]:
-    """The places that a place is computed from, and whether they are only added up there."""
+def _read_by(site: Site | None, blocks: Blocks) -> list[tuple[Site, Way]]:
+    """The places that a place is computed from, and how."""
     if site is None:
-        return [(Site("resid", blocks.layers - 1), False)]
+        return [(Site("resid", blocks.layers - 1), Way.MIXING)]
     if site.layer is None:
         return []
     layer = site.layer
@@ -93,11 +102,11 @@ def _read_by(site: Site | None, blocks: Blocks) -> list[tuple[Site, bool]]:
     middle = stream if blocks.parallel else Site("resid_mid", layer)
     attn, mlp = Site("attn", layer), Site("mlp", layer)
     sources = {
-        "z": [(stream, False)],
-        "attn": [(Site("z", layer), False)],
-        "resid_mid": [(stream, True), (attn, True)],
-        "mlp_in": [(middle, False)],
-        "mlp": [(Site("mlp_in", layer), False)],
-        "resid": [(middle, True), (mlp, True), *([(attn, True)] if blocks.parallel else [])],
+        "z": [(stream, Way.MIXING)],
+        "attn": [(Site("z", layer), Way.BY_TOKEN)],
+        "resid_mid": [(stream, Way.ADDED), (attn, Way.ADDED)],
+        "mlp_in": [(middle, Way.BY_TOKEN)],
+        "mlp": [(Site("mlp_in", layer), Way.BY_TOKEN)],
+        "resid": [(middle, Way.ADDED), (mlp, Way.ADDED), *([(attn, Way.ADDED)] if blocks.parallel else [])],
     }
     return sources[site.kind]

@@ -3,7 +3,8 @@
 w(u→d) = ∇_d m · ∇_u d · (u_p − u_c). The gradient stops at the other sites of the run between u and d. Here every
 upstream neighbour of d is a leaf of one graph, so one product per downstream node gives its edges from all of them,
 each without the paths through another (the residual double-counting correction of sparse feature circuits, in a
-constant number of passes). Pairs do not mix either, so that nodes active in different pairs share a product.
+constant number of passes). Pairs do not mix either, nor tokens where no attention lies between, so that nodes active
+at different places share a product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from circuitflow.attribution.cached import Cached
 from circuitflow.attribution.changes import changes_of
 from circuitflow.attribution.ends import End, Sources, Targets, sources_of, targets_of
 from circuitflow.attribution.nodes import SUMMED
-from circuitflow.attribution.paths import METRIC_SITE, begin
-from circuitflow.attribution.readout import answer_logits
+from circuitflow.attribution.paths import METRIC_SITE, Way, begin
+from circuitflow.attribution.readout import answer_logits, metric_of_run
 from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
 from circuitflow.models.running import Change, LanguageModel, Run, run
@@ -36,8 +37,8 @@ class Into:
     """The downstream end; None for the metric."""
     sites: tuple[str, ...]
     """Every site of the run."""
-    direct: bool
-    """Whether the closed form holds (:func:`circuitflow.attribution.paths.is_direct`)."""
+    way: Way
+    """What lies between (:func:`circuitflow.attribution.paths.way_into`)."""
     metric: Metric | None = None
     """The metric, if edges lead there."""
     positions: str = "sum"
@@ -61,23 +62,21 @@ def edge_effects(
     if into.end is None:
         return _into_metric(lm, pairs, into, cached, sources)
     targets = targets_of(into.end, cached[into.down], pairs, into.positions)
-    if into.direct:
+    if into.way is Way.ADDED:
         shape = pairs.mask.shape
         return {site: closed_form(source, targets, shape) for site, source in sources.items()}
     this = linked(lm, pairs, into, cached)
     y, leaves = this.sites[into.down], [this.sites[site] for site in sources]
+    columns = len(into.end) + 1
     effects = {
-        site: torch.zeros(
-            len(pairs), len(source.end), len(into.end) + 1, dtype=torch.float64, device=y.device
-        )
+        site: torch.zeros(len(pairs), len(source.end), columns, dtype=torch.float64, device=y.device)
         for site, source in sources.items()
     }
-    chunks = [rows for rows in targets.shared(len(pairs)).split(nodes_at_once) if len(rows)]
+    chunks = [rows for rows in targets.shared(into.way is Way.BY_TOKEN).split(nodes_at_once) if len(rows)]
     for number, nodes in enumerate(chunks):
         pulled = pull_back(y, leaves, targets.cotangents(nodes, y), keep_graph=number + 1 < len(chunks))
-        row, pair = (nodes >= 0).nonzero(as_tuple=True)
         for (site, source), gradient in zip(sources.items(), pulled, strict=True):
-            effects[site][pair, :, nodes[row, pair]] = source.effects(gradient)[pair, :, row]
+            effects[site] += source.effects_through(gradient, nodes, columns)
     return effects
 
 
@@ -184,10 +183,8 @@ def metric_values(
 ) -> Float[Tensor, " batch"]:
     """m of every prompt of a pass that went on to the end."""
     assert into.metric is not None
-    logits = answer_logits(lm, this, pairs.position)
     reference = _clean_logits(lm, pairs, into, cached) if into.metric.kind == "kl" else None
-    with torch.set_grad_enabled(logits.requires_grad):
-        return into.metric(logits, pairs.right, pairs.wrong, reference)
+    return metric_of_run(lm, into.metric, this, pairs, reference)
 
 
 def _clean_logits(

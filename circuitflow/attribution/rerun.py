@@ -8,11 +8,10 @@ adds to the stream (``mlp.L``; ``attn.L`` too in parallel blocks) needs not even
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from circuitflow.attribution.readout import answer_logits
+from circuitflow.attribution.readout import answer_logits, metric_of_run
 from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
 from circuitflow.models.architectures import Architecture
@@ -95,10 +94,8 @@ class BaseRun:
                 grad=grad,
             )
             point = this.sites[site]
-        with torch.set_grad_enabled(grad):
-            logits = answer_logits(self.lm, this, pairs.position)
-            reference = None if self.reference is None else self.reference[rows]
-            return self.metric(logits, pairs.right, pairs.wrong, reference), point
+        reference = None if self.reference is None else self.reference[rows]
+        return metric_of_run(self.lm, self.metric, this, pairs, reference), point
 
     def _end(self) -> str:
         return str(Site("resid", self.lm.n_layers - 1))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from circuitflow.attribution.cached import trimmed
 from circuitflow.attribution.nodes import ERROR, SUMMED
-from circuitflow.attribution.readout import answer_logits
+from circuitflow.attribution.readout import answer_logits, metric_of_run
 from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
 from circuitflow.dictionaries.codes import decode_codes
@@ -287,9 +287,8 @@ def run_circuits(
         start=start,
         replace={site.name: change(site) for site in (sites if start is None else sites[begin + 1 :])},
     )
-    logits = answer_logits(lm, this, pairs.position)
     reference = None if prompts.reference is None else prompts.reference[prompt]
-    return metric(logits, pairs.right, pairs.wrong, reference)
+    return metric_of_run(lm, metric, this, pairs, reference)
 
 
 def clean_logits(lm: LanguageModel, site: str, prompts: Prompts) -> Float[Tensor, "n vocab"]:

@@ -44,6 +44,11 @@ class Metric:
                 f"Key task.metric.wrong_answers is {self.wrong_answers}; {nearest(self.wrong_answers, JOINS)}."
             )
 
+    @property
+    def normalises(self) -> bool:
+        """Whether it needs the logits of the whole vocabulary, not of the answers alone."""
+        return self.kind in ("log_probability", "kl")
+
     def __call__(
         self, logits: Logits, right: Answers, wrong: Answers, reference: Logits | None = None
     ) -> Values:

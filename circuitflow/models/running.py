@@ -54,9 +54,19 @@ class LanguageModel:
         check_site(parsed, self.arch, self.n_layers)
         return parsed
 
-    def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        """Logits from the output of the last block: the model's own final norm, unembedding and soft-cap."""
-        logits = self._unembed(self._final_norm(resid))
+    def unembed(
+        self, resid: Float[Tensor, "... d_model"], tokens: Int[Tensor, " vocab"] | None = None
+    ) -> Float[Tensor, "... vocab"]:
+        """Logits from the output of the last block: the model's own final norm, unembedding and soft-cap.
+
+        :param tokens: the only logits wanted; by default those of the whole vocabulary.
+        """
+        normed, unembed = self._final_norm(resid), self._unembed
+        if tokens is None:
+            logits = unembed(normed)
+        else:
+            bias = None if unembed.bias is None else unembed.bias[tokens]
+            logits = nn.functional.linear(normed, unembed.weight[tokens], bias)
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
 

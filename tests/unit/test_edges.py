@@ -12,7 +12,7 @@ from circuitflow.attribution.edges import PARTIAL, score_edges
 from circuitflow.attribution.ends import End, sources_of, targets_of
 from circuitflow.attribution.exact_edges import exact_effects
 from circuitflow.attribution.nodes import ERROR, METRIC, REST, SUMMED
-from circuitflow.attribution.paths import Blocks, is_direct, neighbours
+from circuitflow.attribution.paths import Blocks, Way, neighbours, way_into
 from circuitflow.attribution.pullback import Into, edge_effects, linked, pull_back
 from circuitflow.attribution.scores import score_pairs
 from circuitflow.dictionaries.dictionary import Skip, save_dictionary
@@ -63,13 +63,12 @@ def into_all(lm, sites, positions="sum", pool=24):
     blocks = Blocks(lm.n_layers, lm.arch.parallel)
     found = {}
     for down, ups in neighbours(sites, blocks).items():
-        direct = down != "metric" and is_direct(down, sites, blocks)
         found[down] = Into(
             down,
             tuple(ends[up] for up in ups),
             ends.get(down),
             tuple(sites),
-            direct,
+            way_into(down, sites, blocks),
             OF_TOY,
             positions,
         )
@@ -147,11 +146,32 @@ def test_closed_forms_are_products(toy):
     """Edges into a block's output, where both sublayers are in the list, are those of a pass through the block."""
     lm, pairs, _, into, cached = toy
     for down in ("resid.0", "resid.1"):
-        assert into[down].direct
+        assert into[down].way is Way.ADDED
         closed = edge_effects(lm, pairs, into[down], cached)
-        passed = edge_effects(lm, pairs, replace(into[down], direct=False), cached)
-        for site, weights in closed.items():
-            assert torch.allclose(weights, passed[site], atol=1e-13)
+        for way in (Way.BY_TOKEN, Way.MIXING):
+            passed = edge_effects(lm, pairs, replace(into[down], way=way), cached)
+            for site, weights in closed.items():
+                assert torch.allclose(weights, passed[site], atol=1e-13)
+
+
+@pytest.mark.parametrize("positions", ["sum", "none"])
+def test_tokens_share_products_where_no_attention_lies_between(random_lm, positions):
+    """Fewer rows, the same edges."""
+    rows = {True: 0, False: 0}
+    for model in (*MODELS, "sequential"):
+        lm, pairs = named(random_lm, model), toy_pairs()
+        cached = cached_sites(lm, pairs, EVERY)
+        ends, into = into_all(lm, EVERY, positions, 24 if positions == "sum" else 5)
+        assert into["mlp.1"].way is Way.BY_TOKEN
+        targets = targets_of(ends["mlp.1"], cached["mlp.1"], pairs, positions)
+        for by_token in rows:
+            rows[by_token] += len(targets.shared(by_token))
+        shared = edge_effects(lm, pairs, into["mlp.1"], cached)
+        by_pair = edge_effects(lm, pairs, replace(into["mlp.1"], way=Way.MIXING), cached)
+        for site, weights in shared.items():
+            assert weights.abs().max() > 1e-6
+            assert torch.allclose(weights, by_pair[site], atol=1e-13)
+    assert rows[True] < rows[False]
 
 
 def test_batched_products_are_one_by_one(toy):

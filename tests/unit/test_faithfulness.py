@@ -179,7 +179,7 @@ def test_completeness_is_the_complement_at_one_site_with_a_linear_rest(random_lm
             return logits @ readout
 
     monkeypatch.setattr(
-        "circuitflow.circuits.ablation.answer_logits", lambda lm, this, position: this.last[:, -1]
+        "circuitflow.attribution.readout.answer_logits", lambda lm, this, *_: this.last[:, -1]
     )
     fake = type("Run", (), {})
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from circuitflow.attribution.paths import Blocks, begin, is_direct, neighbours, possible_neighbours
+from circuitflow.attribution.paths import Blocks, Way, begin, neighbours, possible_neighbours, way_into
 
 EVERY = ["resid.0", "attn.1", "mlp.1", "resid.1", "attn.2", "mlp.2", "resid.2"]
 
@@ -54,13 +54,17 @@ def test_unknown_models_have_all_neighbours_of_either_build(sites):
             assert set(ups) <= set(possible[down])
 
 
-def test_direct_means_only_added_up():
-    assert is_direct("resid.1", EVERY, Blocks(3))
-    assert is_direct("resid.1", EVERY, Blocks(3, parallel=True))
-    assert not is_direct("mlp.1", EVERY, Blocks(3))
-    assert not is_direct("resid.1", ["resid.0", "attn.1", "resid.1"], Blocks(3))
-    assert not is_direct("attn.1", ["z.1", "attn.1"], Blocks(3))
-    assert is_direct("resid_mid.1", ["resid.0", "attn.1", "resid_mid.1"], Blocks(3))
+def test_ways_are_named_by_what_they_pass():
+    for parallel in (False, True):
+        assert way_into("resid.1", EVERY, Blocks(3, parallel)) is Way.ADDED
+        assert way_into("mlp.1", EVERY, Blocks(3, parallel)) is Way.BY_TOKEN
+        assert way_into("attn.1", EVERY, Blocks(3, parallel)) is Way.MIXING
+        assert way_into("metric", EVERY, Blocks(3, parallel)) is Way.MIXING
+    assert way_into("resid.1", ["resid.0", "attn.1", "resid.1"], Blocks(3)) is Way.BY_TOKEN
+    assert way_into("attn.1", ["z.1", "attn.1"], Blocks(3)) is Way.BY_TOKEN
+    assert way_into("resid_mid.1", ["resid.0", "attn.1", "resid_mid.1"], Blocks(3)) is Way.ADDED
+    assert way_into("mlp.1", ["resid.0", "mlp.1"], Blocks(3)) is Way.MIXING
+    assert way_into("mlp.1", ["resid.0", "mlp.1"], Blocks(3, parallel=True)) is Way.BY_TOKEN
 
 
 def test_passes_begin_at_the_deepest_full_cut():
