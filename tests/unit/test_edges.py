@@ -1,6 +1,7 @@
 """Edges: conserved for every list of sites, finite differences, exact in linear models; the stage can be resumed."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -158,16 +159,17 @@ def test_closed_forms_are_products(toy):
 def test_tokens_share_products_where_no_attention_lies_between(random_lm, positions):
     """Fewer rows, the same edges."""
     rows = {True: 0, False: 0}
-    for model in (*MODELS, "sequential"):
+    for model, down in product((*MODELS, "sequential"), ("mlp.0", "mlp.1")):
         lm, pairs = named(random_lm, model), toy_pairs()
         cached = cached_sites(lm, pairs, EVERY)
-        ends, into = into_all(lm, EVERY, positions, 24 if positions == "sum" else 5)
-        assert into["mlp.1"].way is Way.BY_TOKEN
-        targets = targets_of(ends["mlp.1"], cached["mlp.1"], pairs, positions)
+        ends, all_into = into_all(lm, EVERY, positions, 24 if positions == "sum" else 5)
+        into = all_into[down]
+        assert into.way is Way.BY_TOKEN
+        targets = targets_of(ends[down], cached[down], pairs, positions)
         for by_token in rows:
             rows[by_token] += len(targets.shared(by_token))
-        shared = edge_effects(lm, pairs, into["mlp.1"], cached)
-        by_pair = edge_effects(lm, pairs, replace(into["mlp.1"], way=Way.MIXING), cached)
+        shared = edge_effects(lm, pairs, into, cached)
+        by_pair = edge_effects(lm, pairs, replace(into, way=Way.MIXING), cached)
         for site, weights in shared.items():
             assert weights.abs().max() > 1e-6
             assert torch.allclose(weights, by_pair[site], atol=1e-13)
