@@ -13,4 +13,6 @@ Seed = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are mistakes, values are not converted behind the user's back."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

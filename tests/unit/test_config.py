@@ -167,6 +167,7 @@ MISTAKES = [
     (lambda config: config.pop("task"), "Key task is missing"),
     (put("recompute", "train_dict"), "Key recompute names train_dict, which is not a stage; did you mean"),
     (put("plots/palette", {"positve": "red"}), "did you mean 'positive'?"),
+    (put("circuit/nodes", {"zscore": float("inf")}), "circuit.nodes.zscore"),
     (put("model/name", "a/b"), "only letters, digits"),
     (put("model/source", {"kind": "toy", "heads": 5}), "use a multiple of 10"),
 ]
