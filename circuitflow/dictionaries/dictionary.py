@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from circuitflow.dictionaries.codes import Codes, concatenate_codes, decode_codes, empty_codes
-from circuitflow.dictionaries.selection import selection
+from circuitflow.dictionaries.screening import FEWEST_VECTORS, is_native, screened
+from circuitflow.dictionaries.selection import is_compiled, selection
 from circuitflow.dictionaries.tensors import read_tensors, write_tensors
 from circuitflow.errors import UserError
 from circuitflow.store.objects import read_manifest
@@ -154,8 +155,23 @@ class Dictionary:
 
     def _encode_block(self, x: Float[Tensor, "n d_in"]) -> Codes:
         assert self.W_enc is not None
+        if self._is_screened(x):
+            if self.select == "topk":
+                return screened(x, self.W_enc, self.b_enc, k=int(self.settings["k"]))
+            return screened(x, self.W_enc, self.b_enc, threshold=self.extra["threshold"])
         pre = linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
         return selection(self.select)(pre, self.settings, self.extra)
+
+    def _is_screened(self, x: Float[Tensor, "n d_in"]) -> bool:
+        """Whether a product in bfloat16 goes first."""
+        assert self.W_enc is not None
+        return (
+            self.select in ("topk", "threshold")
+            and x.dtype == self.W_enc.dtype == torch.float32
+            and len(x) >= FEWEST_VECTORS
+            and is_compiled(x, len(x) * self.d_dict)
+            and is_native()
+        )
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_in:

@@ -67,6 +67,44 @@ def above_threshold(pre: Float[Tensor, "n d_dict"], threshold: Float[Tensor, " d
     return Codes(offsets, torch.from_numpy(features), torch.from_numpy(values), d_dict)
 
 
+def largest_of_lists(codes: Codes, k: int) -> Codes:
+    """The ``k`` ≥ 1 largest of each row's entries, those not positive left out; of equal ones the first."""
+    features, counts = np.empty((codes.n, k), np.int64), np.empty(codes.n, np.int64)
+    values = np.empty((codes.n, k), _array(codes.values).dtype)
+    given = (_array(codes.offsets), _array(codes.features), _array(codes.values))
+    with _LOCK:
+        _largest_of_lists(*given, k, _parts(codes.n), features, values, counts)
+    kept = np.arange(k) < counts[:, None]
+    return Codes(
+        _offsets(counts), torch.from_numpy(features[kept]), torch.from_numpy(values[kept]), codes.d_dict
+    )
+
+
+def in_reach(
+    rough: Float[Tensor, "n d_dict"],
+    bias: Float[Tensor, " d_dict"],
+    slack: tuple[Float[Tensor, " n"], Float[Tensor, " d_dict"], float],
+    limits: Float[Tensor, " d_dict"],
+    k: int,
+) -> Codes:
+    """The entries of rough + bias that may be above their limit, and among the ``k`` largest unless k is 0.
+
+    :param rough: bfloat16; the true entry (i, j) lies within slack[0][i]·slack[1][j] + slack[2]·|rough[i, j]| of it.
+    :return: values are left empty.
+    """
+    n, d_dict = rough.shape
+    bits = rough.contiguous().view(torch.int16).numpy().view(np.uint16)
+    lists, counts = np.empty((n, d_dict + 1), np.int32), np.empty(n, np.int64)
+    rows, columns, relative = slack
+    given = (bits, _array(rows), _array(columns), relative, _array(bias), _array(limits))
+    with _LOCK:
+        _in_reach(*given, k, _lanes(k, d_dict) if k else 0, _parts(n), lists, counts)
+    offsets = _offsets(counts)
+    features = np.empty(int(offsets[-1]), np.int64)
+    _join(lists, offsets.numpy(), features)
+    return Codes(offsets, torch.from_numpy(features), bias.new_empty(len(features)), d_dict)
+
+
 def keep_largest(codes: Codes, n: int) -> Codes:
     """The ``n`` largest of all entries, of equal ones the first; there are at least ``n`` ≥ 1."""
     values = _array(codes.values)
@@ -247,6 +285,80 @@ def _largest_of_rows(
             bound = _bound(pre[r], k, lanes, maxima) if lanes else pre.dtype.type(0)
             m = _positive_from(pre[r], bound, marks, words, found)
             counts[r] = _largest_of_row(pre[r], k, found, m, scratch, features[r], values[r])
+
+
+@_compiled(parallel=True)
+def _largest_of_lists(
+    offsets: Array, columns: Array, entries: Array, k: int, parts: int, features: Array, values: Array, counts: Array
+) -> None:  # fmt: skip
+    n = len(offsets) - 1
+    for part in numba.prange(parts):
+        for r in range(n * part // parts, n * (part + 1) // parts):
+            row = entries[offsets[r] : offsets[r + 1]]
+            found, scratch, m = np.empty(len(row), np.int64), np.empty(len(row), entries.dtype), 0
+            for i in range(len(row)):
+                found[m] = i
+                m += row[i] > 0
+            counts[r] = _largest_of_row(row, k, found, m, scratch, features[r], values[r])
+            for i in range(counts[r]):
+                features[r, i] = columns[offsets[r] + features[r, i]]
+
+
+@_compiled()
+def _reaching(
+    low: Array, high: Array, limits: Array, least: np.float32, k: int, scratch: Array, marks: Array, words: Array,
+    found: Array,
+) -> int:  # fmt: skip
+    """Columns whose upper end passes its limit, and if k > 0 the k-th largest lower end; gives their number."""
+    m = 0
+    for start in range(0, len(high), MARKS):
+        entries, ends = high[start : start + MARKS], limits[start : start + MARKS]
+        for place in range(len(entries)):
+            marks[place] = (entries[place] > ends[place]) & (entries[place] >= least)
+        m = _find(marks, words, len(entries), start, found, m)
+    if not 0 < k < m:
+        return m
+    for i in range(m):
+        scratch[i] = low[found[i]]
+    tighter, written = _kth_largest(scratch, m, k), 0
+    for i in range(m):
+        found[written] = found[i]
+        written += high[found[i]] >= tighter
+    return written
+
+
+@_compiled(parallel=True)
+def _in_reach(
+    bits: Array, rows: Array, columns: Array, relative: float, bias: Array, limits: Array, k: int, lanes: int,
+    parts: int, lists: Array, counts: Array,
+) -> None:  # fmt: skip
+    n, d_dict = bits.shape
+    for part in numba.prange(parts):
+        wide = np.empty(d_dict, np.uint32)
+        rough = wide.view(np.float32)
+        low, high = np.empty(d_dict, np.float32), np.empty(d_dict, np.float32)
+        maxima, scratch = np.empty(max(lanes, 1), np.float32), np.empty(d_dict, np.float32)
+        found, marks = np.empty(d_dict + 1, np.int64), np.zeros(MARKS, np.uint8)
+        words = marks.view(np.uint64)
+        for r in range(n * part // parts, n * (part + 1) // parts):
+            narrow, reach = bits[r], rows[r]
+            for j in range(d_dict):
+                wide[j] = np.uint32(narrow[j]) << np.uint32(16)
+            for j in range(d_dict):
+                error, middle = reach * columns[j] + np.float32(relative) * abs(rough[j]), rough[j] + bias[j]
+                low[j] = middle - error
+                high[j] = middle + error
+            least = np.float32(_bound(low, k, lanes, maxima) if lanes else -np.inf)
+            counts[r] = _reaching(low, high, limits, least, k, scratch, marks, words, found)
+            for i in range(counts[r]):
+                lists[r, i] = found[i]
+
+
+@_compiled()
+def _join(lists: Array, offsets: Array, features: Array) -> None:
+    for r in range(len(offsets) - 1):
+        for i in range(offsets[r + 1] - offsets[r]):
+            features[offsets[r] + i] = lists[r, i]
 
 
 @_compiled(parallel=True)
