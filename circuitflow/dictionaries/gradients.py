@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitflow.dictionaries import kernels
+from circuitflow.dictionaries import kernels, training_kernels
 from circuitflow.dictionaries.codes import Codes, concatenate_codes, decode_codes
 from circuitflow.dictionaries.selection import largest
 
@@ -135,7 +135,7 @@ def weight_gradients(
 def _by_feature(codes: Codes, dpre: Float[Tensor, " nnz"]) -> tuple[Codes, Codes, Float[Tensor, " d_dict"]]:
     """The transpose with the values, that with ``dpre``, and the sum of ``dpre`` over each feature."""
     if dpre.device.type == "cpu":
-        return kernels.by_feature_with(codes, dpre)
+        return training_kernels.by_feature_with(codes, dpre)
     values, pulls = codes.by_feature_with(dpre)
     return values, pulls, decode_codes(pulls, dpre.new_ones(codes.n, 1))[:, 0]
 
@@ -150,7 +150,7 @@ def _above(pre: Float[Tensor, "n d_dict"], threshold: Float[Tensor, " d_dict"]) 
 
 def _keep_largest(codes: Codes, n: int) -> Codes:
     if codes.values.device.type == "cpu":
-        return kernels.keep_largest(codes, n)
+        return training_kernels.keep_largest(codes, n)
     keep = torch.zeros_like(codes.values, dtype=torch.bool)
     keep[codes.values.argsort(descending=True, stable=True)[:n]] = True
     return codes.where(keep)

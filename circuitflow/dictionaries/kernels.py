@@ -1,42 +1,21 @@
-"""Compiled loops for the sparse parts of dictionaries on the CPU: selecting entries, dot products, transposing.
+"""Compiled loops for the sparse parts of dictionaries on the CPU: selecting entries, dot products, differences.
 
 What torch has no quick form for is here; sums of rows stay with its ``embedding_bag``. Vectors are shared out among
 ``torch.get_num_threads()`` threads in runs of neighbours, and each row of a result is made by one thread in a fixed
 order, so results do not depend on the number of threads.
-
-The first call of a kernel with an element type compiles it (seconds) and keeps it in ``__pycache__``, or, where
-that cannot be written, in the user's cache folder; without either it is compiled in every process.
 """
-
-import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitflow.dictionaries.codes import Codes
-
-F = TypeVar("F", bound=Callable[..., Any])
-Array = np.ndarray
+from circuitflow.dictionaries.compiling import LOCK, Array, as_array, compiled, offsets_of, parts_of
 
 MARKS = 512  # entries of a row that are compared at once
 FEWEST_LANES = 128
-
-_LOCK = threading.Lock()  # one of numba's threading layers must not be entered from two threads at once
-
-
-def _compiled(**options: Any) -> Callable[[F], F]:
-    def compile_later(function: F) -> F:
-        try:
-            return numba.njit(function, cache=True, nogil=True, **options)
-        except RuntimeError:  # no folder for the cache can be written
-            return numba.njit(function, nogil=True, **options)
-
-    return compile_later
 
 
 def largest_of_rows(pre: Float[Tensor, "n d_dict"], k: int) -> Codes:
@@ -44,39 +23,39 @@ def largest_of_rows(pre: Float[Tensor, "n d_dict"], k: int) -> Codes:
     n, d_dict = pre.shape
     k = min(k, d_dict)
     features, counts = np.empty((n, k), np.int64), np.empty(n, np.int64)
-    values = np.empty((n, k), _array(pre).dtype)
-    with _LOCK:
-        _largest_of_rows(_array(pre), k, _lanes(k, d_dict), _parts(n), features, values, counts)
+    values = np.empty((n, k), as_array(pre).dtype)
+    with LOCK:
+        _largest_of_rows(as_array(pre), k, _lanes(k, d_dict), parts_of(n), features, values, counts)
     if counts.sum() == n * k:
         offsets = torch.arange(0, n * k + 1, k)
         return Codes(offsets, torch.from_numpy(features).view(-1), torch.from_numpy(values).view(-1), d_dict)
     kept = np.arange(k) < counts[:, None]
-    return Codes(_offsets(counts), torch.from_numpy(features[kept]), torch.from_numpy(values[kept]), d_dict)
+    return Codes(offsets_of(counts), torch.from_numpy(features[kept]), torch.from_numpy(values[kept]), d_dict)
 
 
 def above_threshold(pre: Float[Tensor, "n d_dict"], threshold: Float[Tensor, " d_dict"]) -> Codes:
     """The entries above a threshold of each column's own."""
     n, d_dict = pre.shape
-    limits, counts = _array(threshold.to(pre.dtype)), np.empty(n, np.int64)
-    with _LOCK:
-        _count_above(_array(pre), limits, _parts(n), counts)
-        offsets = _offsets(counts)
+    limits, counts = as_array(threshold.to(pre.dtype)), np.empty(n, np.int64)
+    with LOCK:
+        _count_above(as_array(pre), limits, parts_of(n), counts)
+        offsets = offsets_of(counts)
         features = np.empty(int(offsets[-1]), np.int64)
         values = np.empty(len(features), limits.dtype)
-        _fill_above(_array(pre), limits, offsets.numpy(), _parts(n), features, values)
+        _fill_above(as_array(pre), limits, offsets.numpy(), parts_of(n), features, values)
     return Codes(offsets, torch.from_numpy(features), torch.from_numpy(values), d_dict)
 
 
 def largest_of_lists(codes: Codes, k: int) -> Codes:
     """The ``k`` ≥ 1 largest of each row's entries, those not positive left out; of equal ones the first."""
     features, counts = np.empty((codes.n, k), np.int64), np.empty(codes.n, np.int64)
-    values = np.empty((codes.n, k), _array(codes.values).dtype)
-    given = (_array(codes.offsets), _array(codes.features), _array(codes.values))
-    with _LOCK:
-        _largest_of_lists(*given, k, _parts(codes.n), features, values, counts)
+    values = np.empty((codes.n, k), as_array(codes.values).dtype)
+    given = (as_array(codes.offsets), as_array(codes.features), as_array(codes.values))
+    with LOCK:
+        _largest_of_lists(*given, k, parts_of(codes.n), features, values, counts)
     kept = np.arange(k) < counts[:, None]
     return Codes(
-        _offsets(counts), torch.from_numpy(features[kept]), torch.from_numpy(values[kept]), codes.d_dict
+        offsets_of(counts), torch.from_numpy(features[kept]), torch.from_numpy(values[kept]), codes.d_dict
     )
 
 
@@ -96,26 +75,13 @@ def in_reach(
     bits = rough.contiguous().view(torch.int16).numpy().view(np.uint16)
     lists, counts = np.empty((n, d_dict + 1), np.int32), np.empty(n, np.int64)
     rows, columns, relative = slack
-    given = (bits, _array(rows), _array(columns), relative, _array(bias), _array(limits))
-    with _LOCK:
-        _in_reach(*given, k, _lanes(k, d_dict) if k else 0, _parts(n), lists, counts)
-    offsets = _offsets(counts)
+    given = (bits, as_array(rows), as_array(columns), relative, as_array(bias), as_array(limits))
+    with LOCK:
+        _in_reach(*given, k, _lanes(k, d_dict) if k else 0, parts_of(n), lists, counts)
+    offsets = offsets_of(counts)
     features = np.empty(int(offsets[-1]), np.int64)
     _join(lists, offsets.numpy(), features)
     return Codes(offsets, torch.from_numpy(features), bias.new_empty(len(features)), d_dict)
-
-
-def keep_largest(codes: Codes, n: int) -> Codes:
-    """The ``n`` largest of all entries, of equal ones the first; there are at least ``n`` ≥ 1."""
-    values = _array(codes.values)
-    smallest = np.partition(values, len(values) - n)[len(values) - n]
-    offsets, features, kept = (
-        np.empty(codes.n + 1, np.int64),
-        np.empty(n, np.int64),
-        np.empty(n, values.dtype),
-    )
-    _keep_largest(_array(codes.offsets), _array(codes.features), values, smallest, offsets, features, kept)
-    return Codes(torch.from_numpy(offsets), torch.from_numpy(features), torch.from_numpy(kept), codes.d_dict)
 
 
 def products(
@@ -123,54 +89,22 @@ def products(
 ) -> Float[Tensor, " nnz"]:
     """vectors[row]·directions[feature] of every entry."""
     out = torch.empty_like(codes.values)
-    arrays = (_array(codes.offsets), _array(codes.features), _array(directions), _array(vectors))
-    with _LOCK:
-        _products(*arrays, _parts(codes.n), _array(out))
+    arrays = (as_array(codes.offsets), as_array(codes.features), as_array(directions), as_array(vectors))
+    with LOCK:
+        _products(*arrays, parts_of(codes.n), as_array(out))
     return out
 
 
 def difference(first: Codes, second: Codes) -> Codes:
     """second − first, with an entry for every feature that is active in either."""
-    given = (_array(first.offsets), _array(first.features), _array(first.values))
-    others = (_array(second.offsets), _array(second.features), _array(second.values))
+    given = (as_array(first.offsets), as_array(first.features), as_array(first.values))
+    others = (as_array(second.offsets), as_array(second.features), as_array(second.values))
     features = np.empty(first.nnz + second.nnz, np.int64)
     values, offsets = np.empty(len(features), given[2].dtype), np.empty(first.n + 1, np.int64)
     n = _difference(*given, *others, offsets, features, values)
     return Codes(
         torch.from_numpy(offsets), torch.from_numpy(features[:n]), torch.from_numpy(values[:n]), first.d_dict
     )
-
-
-def by_feature_with(
-    codes: Codes, other: Float[Tensor, " nnz"]
-) -> tuple[Codes, Codes, Float[Tensor, " d_dict"]]:
-    """The transpose, the transpose with other values, and the sum of these other values over each feature."""
-    values, others = np.empty_like(_array(codes.values)), np.empty_like(_array(codes.values))
-    rows, offsets = np.empty(codes.nnz, np.int64), np.empty(codes.d_dict + 1, np.int64)
-    sums = np.empty(codes.d_dict, values.dtype)
-    given = (_array(codes.offsets), _array(codes.features), _array(codes.values), _array(other))
-    _transpose(*given, offsets, rows, values, others, sums)
-    transposed = Codes(torch.from_numpy(offsets), torch.from_numpy(rows), torch.from_numpy(values), codes.n)
-    return transposed, transposed.with_values(torch.from_numpy(others)), torch.from_numpy(sums)
-
-
-def _array(tensor: Tensor) -> Array:
-    """The same memory, in the one layout that kernels are compiled for."""
-    return tensor.detach().contiguous().numpy()
-
-
-def _parts(n: int) -> int:
-    """Number of runs that ``n`` vectors are cut into, one a thread."""
-    wanted = torch.get_num_threads()
-    threads = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(threads)
-    if torch.get_num_threads() != wanted:  # numba's first call sets OpenMP's number, which torch shares
-        torch.set_num_threads(wanted)
-    return max(1, min(threads, n))
-
-
-def _offsets(counts: Array) -> Int64[Tensor, " n_plus_1"]:
-    return torch.from_numpy(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
 
 
 def _lanes(k: int, d_dict: int) -> int:
@@ -181,7 +115,7 @@ def _lanes(k: int, d_dict: int) -> int:
     return lanes if 4 * lanes <= d_dict else 0
 
 
-@_compiled()
+@compiled()
 def _kth_largest(values: Array, n: int, k: int) -> float:
     """The k-th largest of the first n values, which end in another order. Quickselect (Hoare)."""
     low, high, wanted = 0, n - 1, k - 1
@@ -206,7 +140,7 @@ def _kth_largest(values: Array, n: int, k: int) -> float:
     return values[wanted]
 
 
-@_compiled()
+@compiled()
 def _bound(row: Array, k: int, lanes: int, maxima: Array) -> float:
     """A number that at least k entries of the row reach, or 0: the k-th largest of the lanes' maxima.
 
@@ -221,7 +155,7 @@ def _bound(row: Array, k: int, lanes: int, maxima: Array) -> float:
     return _kth_largest(maxima, lanes, k)
 
 
-@_compiled()
+@compiled()
 def _find(marks: Array, words: Array, width: int, start: int, found: Array, n: int) -> int:
     """Append start + place of every mark among the first ``width`` to ``found``, which has n entries so far.
 
@@ -235,7 +169,7 @@ def _find(marks: Array, words: Array, width: int, start: int, found: Array, n: i
     return n
 
 
-@_compiled()
+@compiled()
 def _positive_from(row: Array, bound: float, marks: Array, words: Array, found: Array) -> int:
     """Columns of the row's positive entries that reach the bound, ascending, in ``found``; gives their number."""
     n = 0
@@ -247,7 +181,7 @@ def _positive_from(row: Array, bound: float, marks: Array, words: Array, found: 
     return n
 
 
-@_compiled()
+@compiled()
 def _largest_of_row(
     row: Array, k: int, found: Array, n: int, scratch: Array, features: Array, values: Array
 ) -> int:
@@ -271,7 +205,7 @@ def _largest_of_row(
     return written
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _largest_of_rows(
     pre: Array, k: int, lanes: int, parts: int, features: Array, values: Array, counts: Array
 ) -> None:
@@ -287,7 +221,7 @@ def _largest_of_rows(
             counts[r] = _largest_of_row(pre[r], k, found, m, scratch, features[r], values[r])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _largest_of_lists(
     offsets: Array, columns: Array, entries: Array, k: int, parts: int, features: Array, values: Array, counts: Array
 ) -> None:  # fmt: skip
@@ -304,7 +238,7 @@ def _largest_of_lists(
                 features[r, i] = columns[offsets[r] + features[r, i]]
 
 
-@_compiled()
+@compiled()
 def _reaching(
     low: Array, high: Array, limits: Array, least: np.float32, k: int, scratch: Array, marks: Array, words: Array,
     found: Array,
@@ -327,7 +261,7 @@ def _reaching(
     return written
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _in_reach(
     bits: Array, rows: Array, columns: Array, relative: float, bias: Array, limits: Array, k: int, lanes: int,
     parts: int, lists: Array, counts: Array,
@@ -354,14 +288,14 @@ def _in_reach(
                 lists[r, i] = found[i]
 
 
-@_compiled()
+@compiled()
 def _join(lists: Array, offsets: Array, features: Array) -> None:
     for r in range(len(offsets) - 1):
         for i in range(offsets[r + 1] - offsets[r]):
             features[offsets[r] + i] = lists[r, i]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _count_above(pre: Array, threshold: Array, parts: int, counts: Array) -> None:
     n = pre.shape[0]
     for part in numba.prange(parts):
@@ -372,7 +306,7 @@ def _count_above(pre: Array, threshold: Array, parts: int, counts: Array) -> Non
             counts[r] = count
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _fill_above(
     pre: Array, threshold: Array, offsets: Array, parts: int, features: Array, values: Array
 ) -> None:
@@ -393,27 +327,7 @@ def _fill_above(
                 values[offsets[r] + i] = row[found[i]]
 
 
-@_compiled()
-def _keep_largest(
-    offsets: Array, features: Array, values: Array, smallest: float,
-    new_offsets: Array, new_features: Array, new_values: Array,
-) -> None:  # fmt: skip
-    ties = len(new_values)
-    for entry in range(len(values)):
-        ties -= values[entry] > smallest
-    written, new_offsets[0] = 0, 0
-    for r in range(len(offsets) - 1):
-        for entry in range(offsets[r], offsets[r + 1]):
-            tie = values[entry] == smallest
-            if values[entry] > smallest or (tie and ties > 0):
-                ties -= tie
-                new_features[written] = features[entry]
-                new_values[written] = values[entry]
-                written += 1
-        new_offsets[r + 1] = written
-
-
-@_compiled(parallel=True, fastmath={"reassoc", "contract"})  # so that sums are taken in vectors
+@compiled(parallel=True, fastmath={"reassoc", "contract"})  # so that sums are taken in vectors
 def _products(
     offsets: Array, features: Array, directions: Array, vectors: Array, parts: int, out: Array
 ) -> None:
@@ -429,7 +343,7 @@ def _products(
                 out[entry] = total
 
 
-@_compiled()
+@compiled()
 def _difference(
     offsets: Array, features: Array, values: Array, other_offsets: Array, other_features: Array, other: Array,
     new_offsets: Array, new_features: Array, new_values: Array,
@@ -445,24 +359,3 @@ def _difference(
             written, i, j = written + 1, i + left, j + right
         new_offsets[r + 1] = written
     return written
-
-
-@_compiled()
-def _transpose(
-    offsets: Array, features: Array, values: Array, other: Array,
-    new_offsets: Array, new_rows: Array, new_values: Array, new_other: Array, sums: Array,
-) -> None:  # fmt: skip
-    new_offsets[:], sums[:] = 0, 0
-    for entry in range(len(features)):
-        new_offsets[features[entry] + 1] += 1
-        sums[features[entry]] += other[entry]
-    for feature in range(len(sums)):
-        new_offsets[feature + 1] += new_offsets[feature]
-    free = new_offsets[:-1].copy()
-    for r in range(len(offsets) - 1):
-        for entry in range(offsets[r], offsets[r + 1]):
-            place = free[features[entry]]
-            free[features[entry]] += 1
-            new_rows[place] = r
-            new_values[place] = values[entry]
-            new_other[place] = other[entry]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from circuitflow.dictionaries import gradients, kernels
+from circuitflow.dictionaries import compiling, gradients, kernels, training_kernels
 from circuitflow.dictionaries.codes import Codes, codes_from_dense, empty_codes
 from circuitflow.dictionaries.gradients import (
     batch_top_codes,
@@ -120,7 +120,7 @@ def test_the_largest_of_all_entries(n):
     pre = torch.relu(whole_numbers(20, 30))
     assert int((pre > 0).sum()) >= n
     flat = dense_largest(pre.reshape(1, -1), n)
-    same(kernels.keep_largest(codes_from_dense(pre), n), flat.reshape(pre.shape))
+    same(training_kernels.keep_largest(codes_from_dense(pre), n), flat.reshape(pre.shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +134,7 @@ def test_products_are_those_of_the_matrices(dtype):
 def test_the_transpose_is_that_of_the_codes():
     codes = kernels.largest_of_rows(normal(9, 40), 6)
     other = normal(codes.nnz, seed=1)
-    values, others, sums = kernels.by_feature_with(codes, other)
+    values, others, sums = training_kernels.by_feature_with(codes, other)
     same(values, codes.dense().T)
     same(others, codes.with_values(other).dense().T)
     torch.testing.assert_close(sums, codes.with_values(other).dense().sum(0))
@@ -145,8 +145,8 @@ def everything(pre: torch.Tensor) -> list[torch.Tensor]:
     codes = kernels.largest_of_rows(pre, 20)
     above = kernels.above_threshold(pre, torch.full((pre.shape[1],), 0.7))
     pulls = kernels.products(codes, pre[:, :40].T.contiguous().repeat(30, 1), pre)
-    values, others, sums = kernels.by_feature_with(codes, pulls)
-    parts = (codes, above, kernels.keep_largest(above, 100), values, others)
+    values, others, sums = training_kernels.by_feature_with(codes, pulls)
+    parts = (codes, above, training_kernels.keep_largest(above, 100), values, others)
     return [tensor for part in parts for tensor in (part.offsets, part.features, part.values)] + [sums]
 
 
@@ -168,7 +168,7 @@ def test_kernels_may_be_called_from_several_threads():
 
 
 def test_without_a_place_for_the_cache_kernels_are_compiled_all_the_same():
-    compiled = kernels._compiled()(eval("lambda x: x + 1"))  # of no file: it has no place
+    compiled = compiling.compiled()(eval("lambda x: x + 1"))  # of no file: it has no place
     assert compiled(1) == 2
 
 
