@@ -26,22 +26,15 @@ except UserError as error:
 os.environ.update(CIRCUITFLOW_RECOMPUTE=CFG.recompute, OPENBLAS_NUM_THREADS="1")
 
 
-include: "rules/common.smk"
-include: "rules/model.smk"
-include: "rules/data.smk"
-include: "rules/dictionaries.smk"
-include: "rules/attribution.smk"
-include: "rules/methods.smk"
-include: "rules/clusters.smk"
-include: "rules/circuits.smk"
-include: "rules/features.smk"
-include: "rules/figures.smk"
-include: "rules/circuit_figures.smk"
-include: "rules/report.smk"
-include: "rules/study.smk"
-include: "rules/study_figures.smk"
-include: "rules/variant_figures.smk"
-include: "rules/requests.smk"
+# In this order: later files use names of earlier ones.
+for family in """
+    common model data dictionaries attribution methods clusters circuits means
+    faithfulness faithfulness_figures error_nodes error_node_figures validation comparison effects
+    features figures circuit_figures report study study_figures variant_figures
+    requests
+""".split():
+
+    include: f"rules/{family}.smk"
 
 
 onstart:

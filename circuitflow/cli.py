@@ -68,6 +68,27 @@ def convert(
     typer.echo(convert_dictionary(source, target, from_format, to_format, site, repository, revision))
 
 
+@app.command("convert-circuit")
+def convert_circuit(
+    source: Annotated[Path, typer.Argument(help="circuit.json, a MIB circuit, or a plain .pt.")],
+    target: Annotated[Path, typer.Argument(help="File that does not exist yet.")],
+    to_format: Annotated[str, typer.Option("--to", help="circuitflow, mib or feature-circuits.")],
+    from_format: Annotated[
+        str | None, typer.Option("--from", help="Format to read; default: as the file tells.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Model's folder with config.json, for mib.")] = None,
+    dictionaries: Annotated[
+        Path | None, typer.Option(help="Folder of {site}.json, for writing feature-circuits.")
+    ] = None,
+    nodes: Annotated[float, typer.Option(help="Least |effect| of nodes read from feature-circuits.")] = 0.0,
+    edges: Annotated[float, typer.Option(help="Least |effect| of edges read from there.")] = 0.0,
+) -> None:
+    """Convert a circuit between circuitflow, the MIB benchmark and feature-circuits (docs/circuits.md says how)."""
+    from circuitflow.circuits.converting import convert_circuit as convert_file
+
+    typer.echo(convert_file(source, target, to_format, from_format, model, dictionaries, (nodes, edges)))
+
+
 @app.command()
 def compare(
     circuits: Annotated[list[Path], typer.Argument(help="Two or more circuit.json.")],

@@ -20,7 +20,9 @@ from circuitflow.config_dictionaries import (
     label,
     merge,
 )
+from circuitflow.config_error_nodes import ErrorNodesSection
 from circuitflow.config_model import ModelSection
+from circuitflow.config_validation import AuditSection, ComparisonSection, EffectsSection
 
 Structure = Literal["simple", "prepositional", "across_relative", "within_relative"]
 PaletteColour = Literal[
@@ -302,6 +304,14 @@ class Config(Section):
     """Which nodes and edges make the circuit."""
     evaluation: EvaluationSection = EvaluationSection()
     """Faithfulness."""
+    error_nodes: ErrorNodesSection = ErrorNodesSection()
+    """Experiments on error nodes."""
+    audit: AuditSection = AuditSection()
+    """The circuit held against truly patched nodes and edges."""
+    comparison: ComparisonSection = ComparisonSection()
+    """Contenders at equal node budgets."""
+    effects: EffectsSection = EffectsSection()
+    """What the circuit does on single prompts."""
     features: FeaturesSection = FeaturesSection()
     """Descriptions of the top features."""
     plots: PlotsSection = PlotsSection()
@@ -328,8 +338,13 @@ class Config(Section):
         return found
 
     def every_dictionary(self) -> list[tuple[str, str, DictionarySettings]]:
-        """Set, site and settings of every dictionary: the run's own, and the variants of the study."""
+        """Set, site and settings of every dictionary: the run's own, the contenders', and the variants of the study."""
         own = [(self.dictionaries.name, site, self.dictionary(site)) for site in self.sites]
+        own += [
+            (f"compare/{name}", site, self._settings(merge(self.dictionaries.overrides.get(site, {}), keys)))
+            for name, keys in self.comparison.sets().items()
+            for site in self.sites
+        ]
         if self.study is None:
             return own
         return own + [

@@ -18,7 +18,17 @@ from circuitflow.store.objects import read_manifest
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
 OF_MODEL = {"model", "corpus", "activations", "dictionaries", "studies", "objects"}
-OF_TASK = {"pairs", "tokens", "confident", "gradients", "gradients.ig", "gradients.relp", "figures"}
+OF_TASK = {
+    "pairs",
+    "tokens",
+    "confident",
+    "gradients",
+    "gradients.ig",
+    "gradients.relp",
+    "figures",
+    "compare",
+}
+GRADIENT_METHODS = ("atp", "ig", "relp")
 UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "text", "bundled", "files", "task"}
 
 
@@ -38,6 +48,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     _check_clusters(config)
     _check_dictionaries(config)
     _check_study(config)
+    _check_contenders(config)
+    _check_named_sites(config)
     _check_sizes(config)
     _check_files(config)
     _check_stages(config)
@@ -160,6 +172,39 @@ def _check_dictionaries(config: Config) -> None:
     for site in config.sites:
         _check_dictionary(config.dictionary(site), site)
         _check_positions(config.dictionary(site), config.corpus.block)
+
+
+def _check_contenders(config: Config) -> None:
+    for number, contender in enumerate(config.comparison.contenders):
+        part = config.comparison.model_copy(update={"contenders": [contender]})
+        try:
+            found = config.model_copy(update={"comparison": part, "study": None}).every_dictionary()
+        except ValidationError as error:
+            where = ["comparison", "contenders", str(number), "dictionaries"]
+            raise UserError(_sentence(error, where)) from None
+        if (
+            found[len(config.sites) :]
+            and not contender.method
+            and config.scores.method not in GRADIENT_METHODS
+        ):
+            raise UserError(
+                f"Key comparison.contenders.{number}.method is missing: {config.scores.method} scores the run's own "
+                f"dictionaries alone; name one of {', '.join(GRADIENT_METHODS)}."
+            )
+        for _, site, settings in found[len(config.sites) :]:
+            _check_dictionary(settings, f"contender {contender.name} at {site}")
+
+
+def _check_named_sites(config: Config) -> None:
+    """Sites that experiments name."""
+    section = config.error_nodes
+    named: list[tuple[str, str | None]] = [("evaluation.starts", site) for site in config.evaluation.starts]
+    named += [("error_nodes.start", section.start), ("error_nodes.bound", section.bound)]
+    named += [("error_nodes.ranges", site) for ends in section.ranges for site in ends]
+    named += [("error_nodes.restore_ranges", site) for ends in section.restore_ranges for site in ends]
+    for key, site in named:
+        if site is not None and site not in config.sites:
+            raise UserError(f"Key {key} names {site}, which is not in sites; {nearest(site, config.sites)}.")
 
 
 def _check_study(config: Config) -> None:

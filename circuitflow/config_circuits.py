@@ -107,6 +107,34 @@ class CircuitSection(Section):
     """Resamples of pairs behind the stability of nodes."""
 
 
+Ablation = Literal["mean", "zero", "patched", "resample"]
+Errors = Literal["kept", "removed", "resid_removed", "other_removed"]
+
+
+class EdgeAblationSection(Section):
+    """Edges ablated within the circuit, in units of edges; what is not named here is as for nodes."""
+
+    counts: list[Positive] = [10, 20, 50, 100, 200, 500, 1000, 2000]
+    """Edge counts of the curve; the circuit's own edges and all edges between its nodes are always added."""
+    random_counts: list[Positive] = [50, 200]
+    """Edge counts at which random edges are drawn."""
+    random_draws: int = Field(default=20, ge=0)
+    """Draws per count, as many edges between each pair of sites. Every draw costs about a pass per node."""
+    pairs: Positive = 20
+    """Test pairs used, spread evenly over the cases."""
+
+
+class ConfidenceCounts(Section):
+    """Thresholds at which the confident prompts are counted."""
+
+    differences: list[float] = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
+    """Least logit(right) - logit(wrong)."""
+    probabilities: list[Share] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5]
+    """Least probability of the right answer."""
+    ranks: list[Positive] = [1, 3, 10, 30, 100, 300, 1000]
+    """Greatest rank of the right answer."""
+
+
 class EvaluationSection(Section):
     """Faithfulness."""
 
@@ -114,16 +142,31 @@ class EvaluationSection(Section):
     """Node counts of the curve; the circuit itself and all nodes are always added."""
     thresholds: list[Share] = []
     """Further circuits of the curve: nodes with |score| above these shares of the largest."""
+    shares: list[Share] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    """Parts of all nodes kept, over which the areas CPR and CMD are taken."""
     random_counts: list[Positive] = [10, 50, 200, 1000]
     """Node counts at which random circuits are drawn."""
     random_draws: int = Field(default=20, ge=0)
     """Random circuits per count, matched per site and kind."""
     pairs: Positive = 40
     """Test pairs used, spread evenly over the cases."""
-    ablation: Literal["mean", "zero"] = "mean"
-    """What nodes outside the circuit become: the mean over patched training inputs per case and position, or zero."""
+    ablation: Ablation = "mean"
+    """What nodes outside the circuit become: mean: over patched training inputs per case and position | zero |
+    patched: their value in the prompt's patched run | resample: in that of another training prompt of the case."""
+    further_ablations: list[Ablation] = ["zero", "patched", "resample"]
+    """Ablations under which the curve is measured again; one that the prompts do not allow is left out."""
+    starts: list[str] = []
+    """Further sites at which ablation starts; sites before it are left free, in the empty circuit too."""
+    errors: list[Errors] = ["kept", "removed", "resid_removed", "other_removed"]
+    """Further treatments of error nodes: all kept, none, none of the residual stream, none of other sites."""
+    neurons: bool = True
+    """Evaluate circuits of neurons too: the coordinates of the same sites."""
     aggregate: Literal["ratio_of_means", "mean_of_ratios"] = "ratio_of_means"
-    """How prompts are averaged."""
+    """How prompts are averaged in figures and on the page; tables hold both."""
+    edges: EdgeAblationSection = EdgeAblationSection()
+    """Edges ablated within the circuit."""
+    confidence: ConfidenceCounts = ConfidenceCounts()
+    """Counts of prompts by confidence."""
     bootstrap: Positive = 1000
     """Resamples of the intervals."""
     seed: Seed = 0

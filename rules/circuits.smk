@@ -1,3 +1,7 @@
+# Means of every site, which ablated nodes become; rule cache_means makes them.
+MEANS = [f"{SET}/means/{site}.json" for site in SITES]
+
+
 rule assemble_circuit:
     input:
         nodes=f"{SET}/ranking/nodes.parquet",
@@ -28,18 +32,28 @@ rule assemble_circuit:
         "../workflow_scripts/assemble_circuit.py"
 
 
+# Conditions beside the main one are measured by rule evaluate_conditions.
+OF_CONDITIONS = {"further_ablations", "starts", "errors", "neurons"}
+EVALUATED = {
+    "model": f"{MODEL}/model/manifest.json",
+    "circuit": f"{SET}/circuit.json",
+    "nodes": f"{SET}/ranking/nodes.parquet",
+    "tokens_train": f"{TASK}/confident/train.parquet",
+    "tokens_test": f"{TASK}/confident/test.parquet",
+    "gradients_train": f"{TASK}/gradients/train.json",
+    "gradients_test": f"{TASK}/gradients/test.json",
+    "dictionaries": expand(f"{TRAINED}/{{site}}.json", site=SITES),
+    "means": MEANS,
+}
+
+
 rule evaluate_circuit:
     input:
-        model=f"{MODEL}/model/manifest.json",
-        circuit=f"{SET}/circuit.json",
-        nodes=f"{SET}/ranking/nodes.parquet",
-        tokens_train=f"{TASK}/confident/train.parquet",
-        tokens_test=f"{TASK}/confident/test.parquet",
-        gradients_train=f"{TASK}/gradients/train.json",
-        gradients_test=f"{TASK}/gradients/test.json",
-        dictionaries=expand(f"{TRAINED}/{{site}}.json", site=SITES),
+        **EVALUATED,
     output:
         faithfulness=f"{SET}/faithfulness.parquet",
+        prompts=f"{SET}/faithfulness.prompts.parquet",
+        areas=f"{SET}/faithfulness.areas.parquet",
     log:
         f"{LOGS}/{{task}}/evaluate_circuit.log",
     benchmark:
@@ -52,9 +66,10 @@ rule evaluate_circuit:
         runtime=120,
         gpu=GPU,
     params:
-        **CFG.evaluation.model_dump(),
+        **CFG.evaluation.model_dump(exclude={"edges", "confidence", *OF_CONDITIONS}),
         sites=SITES,
         ranking=CFG.scores.ranking,
+        positions=CFG.scores.positions,
         metric=METRIC,
         dtype=CFG.model.dtype,
         compute=COMPUTE,
@@ -72,6 +87,7 @@ rule search_circuit:
         tokens_train=f"{TASK}/confident/train.parquet",
         gradients_train=f"{TASK}/gradients/train.json",
         dictionaries=expand(f"{TRAINED}/{{site}}.json", site=SITES),
+        means=MEANS,
     output:
         search=f"{SET}/search.parquet",
     log:

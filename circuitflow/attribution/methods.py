@@ -52,11 +52,11 @@ def compare_methods(inputs: Mapping[str, Sequence[Path]], params: Mapping[str, A
     agreement: list[Columns] = []
     nodes: list[Columns] = []
     for number, site in enumerate(params["sites"]):
-        known = _read(inputs, reference, number, params)
+        known = read_scores(inputs, reference, number, params)
         for method in methods:
             if method == reference:
                 continue
-            both = _joined(method, _read(inputs, method, number, params), known)
+            both = _joined(method, read_scores(inputs, method, number, params), known)
             agreement.append(_agreement(site, both, reference, params))
             nodes.append(_node_rows(site, both))
         progress("sites compared", number + 1, len(params["sites"]))
@@ -89,9 +89,10 @@ class Joined:
     """Per pair, (pairs, n) each; None if the method gives none."""
 
 
-def _read(
+def read_scores(
     inputs: Mapping[str, Sequence[Path]], method: str, number: int, params: Mapping[str, Any]
 ) -> Scores:
+    """Scores of one method at the site of that number, from the inputs ``scores_{method}`` and ``pairs_{method}``."""
     split = params.get("split", "train")
     table, pairs = (read_table(Path(inputs[f"{name}_{method}"][number])) for name in ("scores", "pairs"))
     here, within = table["split"] == split, pairs["split"] == split
@@ -110,7 +111,7 @@ def _joined(method: str, scores: Scores, known: Scores) -> Joined:
     effects = None
     if len(scores.pairs["pair"]) and len(known.pairs["pair"]):
         row = {pair: index for index, pair in enumerate(np.unique(known.pairs["pair"]).tolist())}
-        effects = (_matrix(scores, place, row, known.n), _matrix(known, place, row, known.n))
+        effects = (per_pair(scores, place, row, known.n), per_pair(known, place, row, known.n))
     return Joined(
         method=method,
         nodes=nodes,
@@ -120,7 +121,8 @@ def _joined(method: str, scores: Scores, known: Scores) -> Joined:
     )
 
 
-def _matrix(scores: Scores, place: Mapping[Node, int], row: Mapping[int, int], n: int) -> np.ndarray:
+def per_pair(scores: Scores, place: Mapping[Node, int], row: Mapping[int, int], n: int) -> np.ndarray:
+    """Effects (pairs, nodes) of the nodes in ``place`` (their columns) in the pairs in ``row`` (their rows), else 0."""
     dense = np.zeros((max(n, len(row)), len(place)))
     columns = (scores.pairs[name].tolist() for name in ("pair", "feature", "position", "score"))
     for pair, feature, position, score in zip(*columns, strict=True):

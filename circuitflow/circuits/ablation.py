@@ -1,18 +1,23 @@
-"""Running the model with everything outside a circuit replaced, many circuits in one forward pass.
+"""Running the model under interventions, many of them in one forward pass.
 
-At each site the stream that arrives, already changed at the sites before, is encoded. Nodes inside the circuit keep the
-values they have there, all others take their replacement r (their mean, or 0). With x̄ = Σ r_i·W_dec[i] + b_dec + r_ε,
-membership c_i of feature i and e of the error (1 inside, 0 outside),
+At each site the stream that arrives, already changed at the sites before, is encoded. Every node takes its value from
+a source: the arriving stream (kept), the replacement (see :mod:`circuitflow.circuits.replacement`), the prompt's own
+clean or patched run, or a number. With s(i) the source of feature i, s(ε) that of the error, and x^s, f^s a source's
+vector and features,
 
-    x' = x̄ + Σ_i c_i·(f_i − r_i)·W_dec[i] + e·(ε − r_ε)  =  x̄ + e·(x − x̄) + Σ_i (c_i − e)·(f_i − r_i)·W_dec[i].
+    x' = Σ_i f_i^s(i)·W_dec[i] + b_dec + ε^s(ε)  =  x^s(ε) + Σ_i (f_i^s(i) − f_i^s(ε))·W_dec[i].
 
-The second form needs no error: of a circuit with the error only the features *outside* it are decoded, of one without
-it those inside. The complement's factors e − c_i are the same with the other sign. A node may be in a circuit at some
-positions only; c and e then depend on the position.
+The second form needs no error, and features whose source is the error's own drop out: of a circuit with the error only
+the features outside it are decoded, of one without it those inside. What s(i) is may depend on the position.
+
+Two things keep this cheap. Interventions name few features and treat all others alike, so everything is laid out over
+the named ones and one column for the rest. And where the rest drops out of the arriving stream's share, dictionaries
+that decide about each feature alone encode the named features only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -21,285 +26,348 @@ from torch import Tensor
 from circuitflow.attribution.cached import trimmed
 from circuitflow.attribution.nodes import ERROR, SUMMED
 from circuitflow.attribution.readout import answer_logits, metric_of_run
+from circuitflow.circuits.interventions import Held, Intervention, Kept, State
+from circuitflow.circuits.replacement import Known
 from circuitflow.data.metrics import Metric
 from circuitflow.data.token_pairs import TokenPairs
-from circuitflow.dictionaries.codes import decode_codes
+from circuitflow.dictionaries.codes import Codes, decode_codes
 from circuitflow.dictionaries.dictionary import Dictionary
-from circuitflow.errors import UserError
-from circuitflow.models.running import Change, LanguageModel, run
+from circuitflow.dictionaries.listed import encode_listed, lists
+from circuitflow.models.running import LanguageModel, Run, run
 from circuitflow.models.sites import parse_site
 
 STARTS = ("embed", "resid")
 """Kinds of site that everything after depends on alone: a pass can start there."""
 
-
-@dataclass(frozen=True)
-class Kept:
-    """The nodes of one site that a circuit keeps, or all but those."""
-
-    feature: Int64[Tensor, " kept"]
-    """Numbers of features; ERROR for the error."""
-    position: Int64[Tensor, " kept"]
-    """Where each is kept; SUMMED: at every position."""
-    complement: bool = False
-
-    @property
-    def empty(self) -> bool:
-        """Whether every node is replaced."""
-        return not (self.complement or len(self.feature))
-
-    @property
-    def by_position(self) -> bool:
-        """Whether what is kept depends on the position."""
-        return bool((self.position != SUMMED).any())
-
-    def members(self, d_dict: int, pos: int) -> Bool[Tensor, "pos d_dict_plus_1"]:
-        """c of every feature and e of the error (last column) at every position."""
-        inside = torch.zeros(pos, d_dict + 1, dtype=torch.bool, device=self.feature.device)
-        column = torch.where(self.feature == ERROR, d_dict, self.feature)
-        everywhere = self.position == SUMMED
-        inside[:, column[everywhere]] = True
-        there = ~everywhere & (self.position < pos)
-        inside[self.position[there], column[there]] = True
-        return ~inside if self.complement else inside
+ARRIVING, REPLACEMENT, CLEAN, PATCHED, NUMBER = range(5)
+"""Sources of a node's value."""
+KNOWN = {REPLACEMENT: "replacement", CLEAN: "clean", PATCHED: "patched"}
+"""Sources that are known before the pass."""
+LISTED_SHARE = 0.25
+"""Share of a dictionary's features up to which encoding listed ones alone is cheaper than encoding all."""
+COLUMN_GAIN = 4
+"""How many times quicker a product's entry is than a decoded one, roughly."""
 
 
-KeptNodes = Mapping[str, Kept]
-"""What a circuit keeps, by site; every site of the run has an entry."""
-
-
-def complement(circuit: KeptNodes) -> dict[str, Kept]:
-    """All other nodes of the same sites."""
-    return {site: Kept(kept.feature, kept.position, not kept.complement) for site, kept in circuit.items()}
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What replaced nodes become at one site, by cell (case and position: see :class:`Cells`); NaN where unknown."""
-
-    whole: Float[Tensor, "cells d_model"]
-    """x̄: the vector with every node replaced."""
-    features: Float[Tensor, "cells d_dict"]
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The places that have replacement values of their own: positions within cases."""
-
-    cases: tuple[str, ...]
-    pos: int
-
-    @property
-    def n(self) -> int:
-        """How many there are."""
-        return len(self.cases) * self.pos
-
-    def of(self, pairs: TokenPairs) -> Int64[Tensor, "n pos"]:
-        """The cell of every token of some prompts.
-
-        :raises UserError: a case without training pairs, or a prompt longer than all training prompts.
-        """
-        unknown = sorted(set(pairs.case) - set(self.cases))
-        if unknown:
-            raise UserError(
-                f"Case '{unknown[0]}' of the test pairs has no training pairs to take means from; "
-                "add training pairs of that case or leave it out."
-            )
-        if pairs.mask.shape[1] > self.pos:
-            raise _too_long()
-        case = torch.tensor([self.cases.index(name) for name in pairs.case], device=pairs.mask.device)
-        return case[:, None] * self.pos + torch.arange(pairs.mask.shape[1], device=case.device)
-
-
-class Means:
-    """Means of a site over prompts, per cell; prompts may come in any batches."""
-
-    def __init__(self, dictionary: Dictionary, cells: Cells) -> None:
-        self.dictionary, self.cells = dictionary, cells
-        device = dictionary.W_dec.device
-        self._whole = torch.zeros(cells.n, dictionary.d_model, dtype=torch.float64, device=device)
-        self._features = torch.zeros(cells.n * dictionary.d_dict, dtype=torch.float64, device=device)
-        self._count = torch.zeros(cells.n, dtype=torch.float64, device=device)
-
-    def add(self, x: Float[Tensor, "batch pos d_model"], pairs: TokenPairs) -> None:
-        """Take in the activations of some prompts."""
-        row, position = pairs.mask.bool().nonzero(as_tuple=True)
-        cell = self.cells.of(pairs)[row, position]
-        codes = self.dictionary.encode(x[row, position], position)
-        self._whole.index_add_(0, cell, x[row, position].double())
-        entry = cell[codes.rows()] * self.dictionary.d_dict + codes.features
-        self._features.index_add_(0, entry, codes.values.double())
-        self._count.index_add_(0, cell, torch.ones_like(cell, dtype=torch.float64))
-
-    def replacement(self) -> Replacement:
-        """The means; cells without a token are NaN, so that using one cannot pass unnoticed."""
-        count, dtype = self._count[:, None], self.dictionary.W_dec.dtype
-        features = self._features.view(self.cells.n, -1) / count
-        return Replacement((self._whole / count).to(dtype), features.to(dtype))
-
-
-def zeros(dictionary: Dictionary, cells: Cells) -> Replacement:
-    """Replacement by 0: x̄ is b_dec."""
-    features = dictionary.W_dec.new_zeros(cells.n, dictionary.d_dict)
-    return Replacement(dictionary.b_dec.expand(cells.n, -1), features)
-
-
-@dataclass(frozen=True)
 class AblationSite:
-    """One site of the run, ready for ablation."""
+    """One site of the run and the known values its nodes can take; each is loaded when first asked for."""
 
-    name: str
-    dictionary: Dictionary
-    replacement: Replacement
+    def __init__(self, name: str, dictionary: Dictionary, load: Mapping[str, Callable[[], Known]]) -> None:
+        self.name, self.dictionary = name, dictionary
+        self._load = dict(load)
+        self._loaded: dict[str, Known] = {}
 
+    @property
+    def cut(self) -> bool:
+        """Whether everything after the site depends on it alone."""
+        return parse_site(self.name).kind in STARTS
 
-@dataclass(frozen=True)
-class Rows:
-    """Copies of prompts in one forward pass: the circuit that each row is run with, and the cells of its tokens."""
-
-    circuit: Int64[Tensor, " rows"]
-    cell: Int64[Tensor, "rows pos"]
-    mask: Bool[Tensor, "rows pos"]
-
-
-def ablated(
-    x: Float[Tensor, "rows pos d_model"], site: AblationSite, kept: Sequence[Kept], rows: Rows
-) -> Float[Tensor, "rows pos d_model"]:
-    """x' of the module's formula at every real token; padding stays as it is.
-
-    Tokens of circuits that keep all of a site's nodes, or none, are not encoded.
-
-    :raises UserError: there is no replacement for a token.
-    """
-    dictionary = site.dictionary
-    factors, error = _factors(kept, dictionary, rows.mask.shape[1])
-    row, position = rows.mask.nonzero(as_tuple=True)
-    circuit = rows.circuit[row]
-    slot = position if factors.shape[1] > 1 else torch.zeros_like(position)
-    cells, cell = rows.cell[row, position].unique(return_inverse=True)
-    at = torch.zeros_like(cells).scatter_(0, cell, slot)  # the position of a cell
-    here = x[row, position].to(factors.dtype)
-    changed = _constants(site.replacement, cells, factors[:, at], error[:, at], dictionary.W_dec)[
-        circuit, cell
-    ]
-    changed = changed + here * error[circuit, slot, None]
-    encoded = factors.any(2)[circuit, slot].nonzero()[:, 0]
-    if len(encoded):
-        codes = dictionary.encode(here[encoded], position[encoded])
-        token = encoded[codes.rows()]
-        factor = factors[circuit[token], slot[token], codes.features]
-        weighted = codes.with_values(codes.values * factor).where(factor != 0)
-        changed = changed.index_add(0, encoded, decode_codes(weighted, dictionary.W_dec))
-    if bool(changed.isnan().any()):
-        raise _too_long()
-    result = x.clone()
-    result[row, position] = changed.to(x.dtype)
-    return result
-
-
-def _factors(
-    kept: Sequence[Kept], dictionary: Dictionary, pos: int
-) -> tuple[Float[Tensor, "circuits slots d_dict"], Float[Tensor, "circuits slots"]]:
-    """c − e and e of every circuit; one slot serves all positions if no circuit distinguishes them."""
-    slots = pos if any(one.by_position for one in kept) else 1
-    members = torch.stack([one.members(dictionary.d_dict, slots) for one in kept]).to(dictionary.W_dec)
-    error = members[..., -1]
-    return members[..., :-1] - error[..., None], error
-
-
-def _constants(
-    replacement: Replacement,
-    cells: Int64[Tensor, " used"],
-    factors: Float[Tensor, "circuits used d_dict"],
-    error: Float[Tensor, "circuits used"],
-    W_dec: Float[Tensor, "d_dict d_model"],
-) -> Float[Tensor, "circuits used d_model"]:
-    """(1 − e)·x̄ − Σ_i (c_i − e)·r_i·W_dec[i]: what does not depend on the prompt."""
-    whole, features = replacement.whole[cells], replacement.features[cells]
-    used = features.any(0).nonzero()[:, 0]
-    features, rows = features[:, used], W_dec[used]
-    return torch.stack(
-        [
-            (1 - keeps)[:, None] * whole - (features * factor[:, used]) @ rows
-            for factor, keeps in zip(factors, error, strict=True)
-        ]
-    )
+    def known(self, source: str) -> Known:
+        """Values of "replacement", "clean" or "patched"."""
+        if source not in self._loaded:
+            self._loaded[source] = self._load[source]()
+        return self._loaded[source]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is run: clean prompts, the cells of their tokens, and their activations at the first site."""
+    """What is run: clean prompts and, for the metric kl, the logits of their clean run."""
 
     pairs: TokenPairs
-    cell: Int64[Tensor, "n pos"]
-    first: Float[Tensor, "n pos d_model"] | None
-    """None if the first site is no full cut of the model: then passes start from the tokens."""
     reference: Float[Tensor, "n vocab"] | None = None
-    """Logits of the clean run, for the metric kl."""
 
 
-def first_needed(circuit: KeptNodes, sites: Sequence[AblationSite]) -> int:
-    """Index of the site from which the circuit has to be run.
+@dataclass(frozen=True)
+class Tokens:
+    """The real tokens of the rows of one pass."""
 
-    Where a circuit keeps nothing of the residual stream, what happened before is gone: the pass starts there.
+    row: Int64[Tensor, " tokens"]
+    position: Int64[Tensor, " tokens"]
+    intervention: Int64[Tensor, " tokens"]
+    """Which of the pass's interventions each is run under."""
+    prompt: Int64[Tensor, " tokens"]
+
+    @classmethod
+    def of(
+        cls,
+        intervention: Int64[Tensor, " rows"],
+        prompt: Int64[Tensor, " rows"],
+        mask: Bool[Tensor, "rows pos"],
+    ) -> "Tokens":
+        """The tokens that ``mask`` marks."""
+        row, position = mask.nonzero(as_tuple=True)
+        return cls(row, position, intervention[row], prompt[row])
+
+    def __getitem__(self, some: Tensor) -> "Tokens":
+        return Tokens(self.row[some], self.position[some], self.intervention[some], self.prompt[some])
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where each node of a site takes its value from, by setting: an intervention, at a position if any depends on it.
+
+    Columns are the features that any state names, all other features together, and the error.
     """
-    empty = [
-        index
-        for index, site in enumerate(sites)
-        if circuit[site.name].empty and parse_site(site.name).kind in STARTS
-    ]
-    return max(empty, default=0)
+
+    features: Int64[Tensor, " named"]
+    table: Int64[Tensor, "settings named_plus_2"]
+    number: Float[Tensor, "settings named"]
+    """Values of features whose source is NUMBER, else 0."""
+    slots: int
+    """Settings per intervention: positions, or 1."""
+
+    @property
+    def error(self) -> Int64[Tensor, " settings"]:
+        """s(ε)."""
+        return self.table[:, -1]
+
+    def setting(self, tokens: Tokens) -> Int64[Tensor, " tokens"]:
+        """Each token's row of the table."""
+        if self.slots == 1:
+            return tokens.intervention
+        return tokens.intervention * self.slots + tokens.position
+
+    def weight(self, source: int) -> Float[Tensor, "settings named_plus_1"]:
+        """The factor of f_i^source in the sum: 1, −1 or 0."""
+        nodes, error = self.table[:, :-1], self.table[:, -1:]
+        foreign = nodes != error
+        signed = (foreign & (nodes == source)).to(torch.int8) - (foreign & (error == source)).to(torch.int8)
+        return signed.to(self.number.dtype)
 
 
-def run_circuits(
+def sources_of(states: Sequence[State], pos: int, like: Tensor) -> Sources:
+    """The sources of a site's nodes under several interventions, on the device and in the precision of ``like``."""
+    named = [like.new_empty(0, dtype=torch.int64)]
+    for state in states:
+        named += [state.kept.feature.to(like.device), *(held.feature.to(like.device) for held in state.held)]
+    features = torch.cat(named).unique()
+    features = features[features != ERROR]
+    slots = pos if any(state.by_position for state in states) else 1
+    width = len(features)
+    table = torch.empty(len(states), slots, width + 2, dtype=torch.int64, device=like.device)
+    number = like.new_zeros(len(states), slots, width + 2)
+    for index, state in enumerate(states):
+        inside, outside = (REPLACEMENT, ARRIVING) if state.kept.complement else (ARRIVING, REPLACEMENT)
+        table[index] = outside
+        _assign(table[index], state.kept, features, inside)
+        for held in state.held:
+            if isinstance(held.value, str):
+                _assign(table[index], held, features, CLEAN if held.value == "clean" else PATCHED)
+            else:
+                _assign(table[index], held, features, NUMBER)
+                _assign(number[index], held, features, held.value)
+    number = number.where(table == NUMBER, 0)
+    return Sources(features, table.flatten(0, 1), number.flatten(0, 1)[:, :width], slots)
+
+
+def _assign(table: Tensor, group: Kept | Held, features: Int64[Tensor, " named"], value: int | float) -> None:
+    """Write ``value`` into the cells of a group's nodes, in a table (slots, named + 2)."""
+    feature, position = group.feature.to(features.device), group.position.to(features.device)
+    column = torch.where(
+        feature == ERROR, len(features) + 1, torch.searchsorted(features, feature.contiguous())
+    )
+    everywhere = position == SUMMED
+    table[:, column[everywhere]] = value
+    there = ~everywhere & (position < len(table))
+    table[position[there], column[there]] = value
+
+
+def ablated(
+    x: Float[Tensor, "rows pos d_model"], site: AblationSite, states: Sequence[State], tokens: Tokens
+) -> Float[Tensor, "rows pos d_model"]:
+    """x' of the module's formula at the real tokens; padding stays as it is, and so do untouched states' tokens."""
+    sources = sources_of(states, x.shape[1], site.dictionary.W_dec)
+    touched = (sources.table != ARRIVING).any(1)
+    if not bool(touched.all()):
+        tokens = tokens[touched[sources.setting(tokens)]]
+    if not len(tokens.row):
+        return x
+    here = x[tokens.row, tokens.position].to(site.dictionary.W_dec)
+    result = x.clone()
+    result[tokens.row, tokens.position] = _changed(here, site, sources, tokens).to(x.dtype)
+    return result
+
+
+def _changed(
+    here: Float[Tensor, "tokens d_model"], site: AblationSite, sources: Sources, tokens: Tokens
+) -> Float[Tensor, "tokens d_model"]:
+    """x' of some tokens."""
+    used = {
+        source: site.known(name) for source, name in KNOWN.items() if bool((sources.table == source).any())
+    }
+    changed = _vectors(here, used, sources, tokens)
+    for source, known in used.items():
+        _add_known(changed, known, site.dictionary, sources, tokens, source)
+    if bool((sources.table == NUMBER).any()):
+        held = sources.number @ site.dictionary.W_dec[sources.features]
+        changed += held[sources.setting(tokens)]
+    arrives = sources.weight(ARRIVING)
+    if bool(arrives.any()):
+        _add_arriving(changed, here, site.dictionary, sources, tokens, arrives)
+    return changed
+
+
+def _vectors(
+    here: Float[Tensor, "tokens d_model"], used: Mapping[int, Known], sources: Sources, tokens: Tokens
+) -> Float[Tensor, "tokens d_model"]:
+    """x^s(ε)."""
+    error, found = sources.error[sources.setting(tokens)], here.clone()
+    for source, known in used.items():
+        some = (error == source).nonzero()[:, 0]
+        found[some] = known.whole[known.slot[tokens.prompt[some], tokens.position[some]]]
+    return found
+
+
+def _add_known(
+    changed: Float[Tensor, "tokens d_model"],
+    known: Known,
+    dictionary: Dictionary,
+    sources: Sources,
+    tokens: Tokens,
+    source: int,
+) -> None:
+    """A known source's share beyond its vector: its features by their factors, once for tokens that share them.
+
+    Of few named features the columns are read; all others together are what the source's vector decodes to, less the
+    named ones. Of many, the active ones are decoded.
+    """
+    weight = sources.weight(source)
+    some = weight.any(1)[sources.setting(tokens)].nonzero()[:, 0]
+    if not len(some):
+        return
+    slots, tokens = len(known.whole), tokens[some]
+    shared, place = (sources.setting(tokens) * slots + known.slot[tokens.prompt, tokens.position]).unique(
+        return_inverse=True
+    )
+    setting, slot = shared // slots, shared % slots
+    if COLUMN_GAIN * known.features.nnz < slots * len(sources.features):
+        share = _decoded(known.features.take(slot), weight, setting, sources, dictionary)
+    else:
+        others = weight[:, -1:]
+        factor = (weight[:, :-1] - others)[setting]
+        share = (factor * known.columns(sources.features)[slot]) @ dictionary.W_dec[sources.features]
+        if bool(others.any()):
+            share += others[setting] * known.decoded[slot]
+    changed.index_add_(0, some, share[place])
+
+
+def _add_arriving(
+    changed: Float[Tensor, "tokens d_model"],
+    here: Float[Tensor, "tokens d_model"],
+    dictionary: Dictionary,
+    sources: Sources,
+    tokens: Tokens,
+    weight: Float[Tensor, "settings named_plus_1"],
+) -> None:
+    """The arriving stream's share beyond its vector: its features by their factors."""
+    setting = sources.setting(tokens)
+    whole, part = weight[:, -1] != 0, weight.any(1)
+    if lists(dictionary) and len(sources.features) <= LISTED_SHARE * dictionary.d_dict:
+        some = (part & ~whole)[setting].nonzero()[:, 0]
+        used = weight[setting[some].unique(), :-1].any(0).nonzero()[:, 0]
+        features = sources.features[used]
+        values = encode_listed(dictionary, here[some], tokens.position[some], features)
+        values *= weight[:, used][setting[some]]
+        changed.index_add_(0, some, values @ dictionary.W_dec[features])
+        part = whole
+    some = part[setting].nonzero()[:, 0]
+    if len(some):
+        codes = dictionary.encode(here[some], tokens.position[some])
+        changed.index_add_(0, some, _decoded(codes, weight, setting[some], sources, dictionary))
+
+
+def _decoded(
+    codes: Codes,
+    weight: Float[Tensor, "settings named_plus_1"],
+    setting: Int64[Tensor, " n"],
+    sources: Sources,
+    dictionary: Dictionary,
+) -> Float[Tensor, "n d_model"]:
+    """Σ_i weight·f_i·W_dec[i] for every vector."""
+    named = len(sources.features)
+    column = torch.full((dictionary.d_dict,), named, device=setting.device)
+    column[sources.features] = torch.arange(named, device=setting.device)
+    factor = weight[setting[codes.rows()], column[codes.features]]
+    weighted = codes.with_values(codes.values * factor)
+    if not bool(weight[:, -1].any()):  # else most entries count
+        weighted = weighted.where(factor != 0)
+    return decode_codes(weighted, dictionary.W_dec)
+
+
+def start_of(intervention: Intervention, sites: Sequence[AblationSite]) -> int:
+    """Index of the site from whose clean activations an intervention is run; −1: from the tokens.
+
+    The deepest full cut of the model up to which everything is kept, or at which nothing of what arrives is: what
+    happened before is then known, or gone.
+    """
+    found, free = -1, True
+    for index, site in enumerate(sites):
+        state = intervention[site.name]
+        if site.cut and (free or state.blind):
+            found = index
+        free = free and state.untouched
+    return found
+
+
+def intervened(
+    lm: LanguageModel,
+    sites: Sequence[AblationSite],
+    interventions: Sequence[Intervention],
+    prompts: Prompts,
+    rows: Sequence[tuple[int, int]],
+) -> tuple[Run, TokenPairs, Int64[Tensor, " rows"]]:
+    """One forward pass of (intervention, prompt) rows, from the first site that any of them needs.
+
+    Gives the run, the pairs in the order of its rows, and the prompt of each row.
+    """
+    index = torch.tensor(rows, device=prompts.pairs.mask.device)
+    intervention, prompt = index.unbind(1)
+    used, local = intervention.unique(return_inverse=True)
+    chosen = [interventions[number] for number in used.tolist()]
+    begin = min(start_of(one, sites) for one in chosen)
+    pairs = trimmed(prompts.pairs[prompt.cpu()])
+    mask = pairs.mask.bool()
+    tokens = Tokens.of(local, prompt, mask)
+
+    def changed(x: Tensor, site: AblationSite) -> Tensor:
+        return ablated(x, site, [one[site.name] for one in chosen], tokens)
+
+    start = None
+    if begin >= 0:
+        # Of interventions that start later nothing that arrives there counts, or it is the clean run.
+        clean = sites[begin].known("clean")
+        x = clean.whole.new_zeros(*mask.shape, clean.whole.shape[1])
+        x[tokens.row, tokens.position] = clean.whole[clean.slot[tokens.prompt, tokens.position]]
+        start = (sites[begin].name, changed(x, sites[begin]))
+    replaced = {
+        site.name: partial(changed, site=site)
+        for site in sites[begin + 1 :]
+        if not all(one[site.name].untouched for one in chosen)
+    }
+    return run(lm, pairs.clean, mask, start=start, replace=replaced), pairs, prompt
+
+
+def run_interventions(
     lm: LanguageModel,
     metric: Metric,
     sites: Sequence[AblationSite],
-    circuits: Sequence[KeptNodes],
+    interventions: Sequence[Intervention],
     prompts: Prompts,
     rows: Sequence[tuple[int, int]],
 ) -> Float[Tensor, " rows"]:
-    """m of (circuit, prompt) rows in one forward pass, from the first site that any of the circuits needs.
-
-    Layers before the first site are left free: its clean activations are the same for every circuit.
-    """
-    index = torch.tensor(rows, device=prompts.cell.device)
-    circuit, prompt = index.unbind(1)
-    used, local = circuit.unique(return_inverse=True)
-    chosen = [circuits[number] for number in used.tolist()]
-    begin = 0 if prompts.first is None else min(first_needed(one, sites) for one in chosen)
-    pairs = trimmed(prompts.pairs[prompt.cpu()])
-    length = pairs.mask.shape[1]
-    these = Rows(local, prompts.cell[prompt, :length], pairs.mask.bool())
-
-    def change(site: AblationSite) -> Change:
-        kept = [one[site.name] for one in chosen]
-        return lambda x: ablated(x, site, kept, these)
-
-    start = None
-    if prompts.first is not None:
-        # From a later site only empty circuits start, of which nothing that arrives there is kept.
-        start = (sites[begin].name, change(sites[begin])(prompts.first[prompt, :length]))
-    this = run(
-        lm,
-        pairs.clean,
-        these.mask,
-        start=start,
-        replace={site.name: change(site) for site in (sites if start is None else sites[begin + 1 :])},
-    )
+    """m of (intervention, prompt) rows in one forward pass."""
+    this, pairs, prompt = intervened(lm, sites, interventions, prompts, rows)
     reference = None if prompts.reference is None else prompts.reference[prompt]
     return metric_of_run(lm, metric, this, pairs, reference)
 
 
-def clean_logits(lm: LanguageModel, site: str, prompts: Prompts) -> Float[Tensor, "n vocab"]:
-    """Logits of the prompts with nothing replaced, run from the cached activations of ``site`` if there are any."""
-    start = None if prompts.first is None else (site, prompts.first)
-    this = run(lm, prompts.pairs.clean, prompts.pairs.mask, start=start)
-    return answer_logits(lm, this, prompts.pairs.position)
-
-
-def _too_long() -> UserError:
-    return UserError(
-        "A test prompt is longer than every training prompt of its case, so there are no means for its last positions; "
-        "set task.length.mode to modal or add training pairs."
-    )
+def logits_of_interventions(
+    lm: LanguageModel,
+    sites: Sequence[AblationSite],
+    interventions: Sequence[Intervention],
+    prompts: Prompts,
+    rows: Sequence[tuple[int, int]],
+) -> Float[Tensor, "rows vocab"]:
+    """Logits, where the answer is read, of (intervention, prompt) rows in one forward pass."""
+    this, pairs, _ = intervened(lm, sites, interventions, prompts, rows)
+    return answer_logits(lm, this, pairs.position)

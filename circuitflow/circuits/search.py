@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from circuitflow.circuits.conventions import conventions
 from circuitflow.circuits.evaluation import prepared
-from circuitflow.circuits.faithfulness import conventions
+from circuitflow.circuits.interventions import Triple, keep
 from circuitflow.circuits.statistics import bootstrap, faithfulness
-from circuitflow.circuits.sweep import Triple, kept_nodes, ranked_nodes
+from circuitflow.circuits.sweep import ranked_nodes
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
 from circuitflow.progress import logger
@@ -16,6 +17,9 @@ from circuitflow.store.journal import Journal
 from circuitflow.store.tables import read_table, write_table
 
 JOURNAL = "searched.jsonl"
+
+LEFT_OUT = ("random", "further_starts", "errors", "neurons", "areas")
+"""Conventions of the evaluation that the search has no use for."""
 
 SEARCH = (
     "counts are doubled until one reaches the wanted F, then bisected from the last that did not; F need not grow "
@@ -44,7 +48,7 @@ def search_circuit(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Ou
     journal = Journal(out.folder / JOURNAL)
 
     def measured(nodes: list[Triple]) -> np.ndarray:
-        circuit = kept_nodes(nodes, params["sites"])
+        circuit = keep(nodes, params["sites"])
         return here.values([circuit], params["batch_rows"], journal)[0]
 
     nothing = measured([])
@@ -72,7 +76,7 @@ def search_circuit(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Ou
         "chosen": np.array(counts) == chosen,
         "n": np.full(len(counts), len(here.full), np.int64),
     }
-    said = {name: text for name, text in conventions(params).items() if name != "random"}
+    said = {name: text for name, text in conventions(params).items() if name not in LEFT_OUT}
     facts = {"conventions": {**said, "search": SEARCH}, "candidates": len(ranked.nodes)}
     write_table(out.files["search"], columns, {**out.provenance, **facts})
     journal.remove()

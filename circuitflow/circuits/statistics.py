@@ -27,14 +27,47 @@ def bootstrap(
 
     :param circuit: (circuits, n); the others (n,).
     """
+    drawn = resampled(circuit, empty, full, aggregate, draws, seed)
+    low, high = (np.percentile(drawn, bound, axis=1) for bound in INTERVAL)
+    return low, high
+
+
+def resampled(
+    circuit: np.ndarray, empty: np.ndarray, full: np.ndarray, aggregate: str, draws: int, seed: int
+) -> np.ndarray:
+    """F of every circuit on resampled prompts, (circuits, draws): the same prompts in every row.
+
+    Rows of one seed and number of prompts are paired, also between calls.
+
+    :param circuit: (circuits, n); the others (n,).
+    """
     n = len(empty)
     index = np.random.default_rng(seed).integers(0, n, (draws, n))
-    low_high = [
-        np.percentile(faithfulness(one[index], empty[index], full[index], aggregate), INTERVAL)
-        for one in circuit
-    ]
-    low, high = np.array(low_high).reshape(-1, 2).T
-    return low, high
+    rows = [faithfulness(one[index], empty[index], full[index], aggregate) for one in circuit]
+    return np.array(rows).reshape(len(circuit), draws)
+
+
+def areas(shares: np.ndarray, F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """CPR and CMD of a curve of circuits: the areas under F and under |1 − F| over the share of nodes kept.
+
+    Trapezoids over the linear share, as in the mechanistic interpretability benchmark (Mueller et al. 2025): a large
+    circuit performance ratio (CPR) is good, and so is a small circuit-model distance (CMD). Not divided by the span.
+
+    :param shares: (circuits,), rising; :param F: (circuits, …).
+    """
+    width = np.diff(shares).reshape(-1, *[1] * (F.ndim - 1))
+
+    def area(height: np.ndarray) -> np.ndarray:
+        return np.asarray((width * (height[1:] + height[:-1]) / 2).sum(0))
+
+    return area(F), area(np.abs(1 - F))
+
+
+def outlying(values: np.ndarray) -> np.ndarray:
+    """Which values lie more than 1.5 interquartile ranges outside the quartiles (Tukey), or are no numbers."""
+    low, high = np.nanpercentile(values, (25, 75)) if np.isfinite(values).any() else (0.0, 0.0)
+    reach = 1.5 * (high - low)
+    return np.asarray(~((values >= low - reach) & (values <= high + reach)))
 
 
 def spread_over_cases(cases: Sequence[str], n: int) -> list[int]:

@@ -1,34 +1,13 @@
-"""Which circuits are evaluated: growing ones by strength, the assembled one, and random ones of the same make-up."""
+"""Nodes by strength: what growing circuits, the assembled one and random ones of the same make-up consist of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from circuitflow.attribution.nodes import ERROR, SUMMED, strength
-from circuitflow.circuits.ablation import Kept, complement
 from circuitflow.circuits.circuit import Circuit
-
-Triple = tuple[str, int, int]
-"""A node: site, feature number (the error being −1), position (−1: all positions together)."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A circuit to evaluate and where it came from."""
-
-    series: str
-    """"circuit", "complement" (everything but a circuit) or "random"."""
-    source: str
-    """"count" (the n strongest), "all", "threshold", "assembled" or "draw"."""
-    nodes: int
-    """Nodes of the circuit (of a complement: nodes taken away)."""
-    threshold: float
-    """Strength of the circuit's weakest node."""
-    draw: int
-    """Number of a random draw, else −1."""
-    kept: dict[str, Kept]
+from circuitflow.circuits.interventions import Triple
 
 
 @dataclass(frozen=True)
@@ -47,6 +26,31 @@ class Ranked:
     def above(self, threshold: float) -> list[Triple]:
         """All with a strength of at least ``threshold`` times the largest."""
         return self.nodes[: int((self.strengths >= threshold * self.strengths.max(initial=0)).sum())]
+
+    def sizes(
+        self, counts: Sequence[int], thresholds: Sequence[float] = (), shares: Sequence[float] = ()
+    ) -> list[tuple[int, str]]:
+        """Numbers of strongest nodes that make a circuit, ascending, each once, and what first asked for each.
+
+        :param counts: node counts; larger ones than there are nodes mean all.
+        :param thresholds: for the nodes with at least these shares of the largest strength.
+        :param shares: parts of all nodes; at least one node.
+        """
+        total = len(self.nodes)
+        wanted = [(min(n, total), "count") for n in counts]
+        wanted += [(len(self.above(threshold)), "threshold") for threshold in thresholds]
+        wanted += [(n, "share") for n in self.shared(shares)]
+        wanted.append((total, "all"))
+        return sorted({n: source for n, source in reversed(wanted) if n}.items())
+
+    def shared(self, shares: Sequence[float]) -> list[int]:
+        """The number of nodes that parts of all nodes are, at least one each."""
+        return [min(max(round(share * len(self.nodes)), 1), len(self.nodes)) for share in shares]
+
+    def where(self, stays: Sequence[bool]) -> "Ranked":
+        """Only some of the nodes."""
+        kept = [number for number, stay in enumerate(stays) if stay]
+        return Ranked(self.sites, [self.nodes[i] for i in kept], self.strengths[kept])
 
     def pooled(self, pool: int) -> "Ranked":
         """Only the ``pool`` strongest features of every site, and the errors: what a circuit is chosen from."""
@@ -72,68 +76,30 @@ def ranked_nodes(table: Mapping[str, np.ndarray], sites: Sequence[str], ranking:
     return Ranked(tuple(sites), nodes, strengths[order])
 
 
-def growing(ranked: Ranked, counts: Sequence[int], thresholds: Sequence[float]) -> list[Candidate]:
-    """Circuits of the n strongest nodes, of all above a relative threshold, and of all; each size once."""
-    wanted = [("count", ranked.top(n)) for n in counts]
-    wanted += [("threshold", ranked.above(threshold)) for threshold in thresholds]
-    wanted.append(("all", ranked.nodes))
-    first = {len(nodes): (source, nodes) for source, nodes in reversed(wanted) if nodes}
-    return [
-        candidate
-        for n, (source, nodes) in sorted(first.items())
-        for candidate in _both_sides(source, nodes, float(ranked.strengths[n - 1]), ranked.sites)
-    ]
-
-
-def assembled(circuit: Circuit, sites: Sequence[str], ranking: str = "absolute") -> list[Candidate]:
-    """The assembled circuit's nodes; its edges play no part in an ablation of nodes."""
-    nodes = [
-        (node.site, node.feature, SUMMED if node.position is None else node.position)
-        for node in circuit.nodes
-    ]
-    strengths = strength(np.array([node.score for node in circuit.nodes]), ranking)
-    return _both_sides("assembled", nodes, float(strengths.min()) if nodes else 0.0, sites)
-
-
-def random_circuits(ranked: Ranked, counts: Sequence[int], draws: int, seed: int) -> list[Candidate]:
-    """Random circuits matched to those of the n strongest nodes: as many features at each site and position, and the
-    same errors.
+def random_nodes(
+    ranked: Ranked, counts: Sequence[int], draws: int, seed: int
+) -> list[tuple[int, int, list[Triple]]]:
+    """Random circuits as (size, number of the draw, nodes), matched to those of the n strongest nodes: as many features
+    at each site and position, and the same errors.
 
     Features are drawn from those with an effect on the training pairs, the circuit's own among them: features that are
     never active would make every circuit look good.
     """
-    found = []
-    for n in sorted({min(n, len(ranked.nodes)) for n in counts}):
-        for draw in range(draws):
-            generator = np.random.default_rng([seed, n, draw])
-            nodes = _drawn(ranked, n, generator)
-            found.append(Candidate("random", "draw", n, float("nan"), draw, kept_nodes(nodes, ranked.sites)))
-    return found
-
-
-def empty(sites: Sequence[str]) -> dict[str, Kept]:
-    """∅: every node replaced."""
-    return kept_nodes([], sites)
-
-
-def kept_nodes(nodes: Sequence[Triple], sites: Sequence[str]) -> dict[str, Kept]:
-    """Nodes by site, as the ablation wants them."""
-    found = {}
-    for site in sites:
-        here = [(feature, position) for where, feature, position in nodes if where == site]
-        feature, position = torch.tensor(here, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        found[site] = Kept(feature, position)
-    return found
-
-
-def _both_sides(
-    source: str, nodes: Sequence[Triple], weakest: float, sites: Sequence[str]
-) -> list[Candidate]:
-    kept = kept_nodes(nodes, sites)
+    sizes = sorted({min(n, len(ranked.nodes)) for n in counts})
     return [
-        Candidate("circuit", source, len(nodes), weakest, -1, kept),
-        Candidate("complement", source, len(nodes), weakest, -1, complement(kept)),
+        (n, draw, _drawn(ranked, n, np.random.default_rng([seed, n, draw])))
+        for n in sizes
+        for draw in range(draws)
     ]
+
+
+def circuit_nodes(circuit: Circuit, ranking: str = "absolute") -> tuple[list[Triple], np.ndarray]:
+    """The nodes of an assembled circuit and their strengths; its edges play no part in an ablation of nodes."""
+    nodes = [
+        (node.site, node.feature, SUMMED if node.position is None else node.position)
+        for node in circuit.nodes
+    ]
+    return nodes, strength(np.array([node.score for node in circuit.nodes], np.float64), ranking)
 
 
 def _drawn(ranked: Ranked, n: int, generator: np.random.Generator) -> list[Triple]:

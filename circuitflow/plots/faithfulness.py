@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from circuitflow.jobs import Output
+from circuitflow.plots.conditions import main_rows, wanted_aggregate
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
 from circuitflow.plots.tables import ASSEMBLED, Table, rows, swept
 from circuitflow.store.tables import read_provenance, read_table
@@ -18,6 +19,7 @@ SERIES = {
     "circuit": "C (faithfulness)",
     "complement": "all but C (completeness)",
     "random": "random circuits",
+    "neurons": "circuits of neurons",
 }
 SHOWN_CONVENTIONS = ("ablation", "start", "aggregate")
 LIMITS = (-0.6, 1.6)  # beyond these a ratio says only "broken"
@@ -38,18 +40,33 @@ def plot_faithfulness(inputs: Mapping[str, Path], params: Mapping[str, Any], out
 
 def draw(table: Table, conventions: Mapping[str, Any], style: Style) -> Figure:
     """The figure, from the table of faithfulness and what its numbers mean."""
+    neurons = _neurons(table)
+    table = main_rows(table)
     figure = new_figure(6.6, 4.1)
     axes = figure.subplots()
     _references(axes, style)
     _random(axes, swept(table, "random"), style)
+    if len(neurons["F"]):
+        look: dict[str, Any] = {"color": style.palette.train, "markersize": 3.5, "linewidth": 1.2}
+        axes.fill_between(
+            neurons["nodes"], neurons["low"], neurons["high"], alpha=0.15, color=look["color"], lw=0
+        )
+        axes.plot(neurons["nodes"], neurons["F"], "s-", **look, label=SERIES["neurons"])
     for series in ("complement", "circuit"):
         _curve(axes, swept(table, series), series, style)
         _assembled(axes, rows(table, series=series, source=ASSEMBLED), series, style)
     _scales(axes, table)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=4, columnspacing=1.2)
+    figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=3, columnspacing=1.2)
     footnote(figure, _note(table, conventions), style)
     return figure
+
+
+def _neurons(table: Table) -> dict[str, np.ndarray]:
+    """Circuits of coordinates under the main ablation and aggregate."""
+    if "main" not in table or not (table["series"] == "neurons").any():
+        return swept({name: column[:0] for name, column in table.items()}, "neurons")
+    return swept(rows(wanted_aggregate(table), series="neurons"), "neurons")
 
 
 def _curve(axes: Axes, part: Table, series: str, style: Style) -> None:

@@ -57,14 +57,14 @@ def draw(agreement: Table, nodes: Table, style: Style, unit: str = "logits") -> 
     heights = [1.0, 1.0] + [1.4] * lines
     spec = figure.add_gridspec(2 + lines, min(ACROSS, max(len(names), 1)), height_ratios=heights)
     pearson, slope = (figure.add_subplot(spec[row, :]) for row in range(2))
-    _by_site(pearson, methods, names, "pearson", style)
-    _by_site(slope, methods, names, "slope", style)
+    by_site(pearson, methods, names, "pearson", style)
+    by_site(slope, methods, names, "slope", style)
     pearson.set(title=f"Pearson correlation with {against}", ylabel="r")
     pearson.set_ylim(top=1.03)
     pearson.tick_params(labelbottom=False)
     pearson.legend(loc="lower right", ncols=max(len(names), 1), bbox_to_anchor=(1, 1), borderaxespad=0.1)
     slope.set(title=f"Slope against {against}", ylabel="reference / method")
-    outside = _bounded(slope, methods["slope"])
+    outside = bounded(slope, methods["slope"])
     for place, name in enumerate(names):
         axes = figure.add_subplot(spec[2 + place // ACROSS, place % ACROSS])
         _scatter(axes, rows(nodes, method=name), name, style)
@@ -91,7 +91,8 @@ def _note(methods: Table, names: Sequence[str], against: str, outside: int) -> s
     return NOTE.format(reference=against, n=n, cut=cut, unsigned=unsigned)
 
 
-def _by_site(axes: Axes, methods: Table, names: Sequence[str], what: str, style: Style) -> None:
+def by_site(axes: Axes, methods: Table, names: Sequence[str], what: str, style: Style) -> None:
+    """One mark with its interval per site and method, around a line at 1."""
     sites = in_depth_order(methods["site"])
     place = {site: depth for depth, site in enumerate(sites)}
     for order, name in enumerate(names):
@@ -114,7 +115,7 @@ def _by_site(axes: Axes, methods: Table, names: Sequence[str], what: str, style:
     grid(axes)
 
 
-def _bounded(axes: Axes, slopes: np.ndarray) -> int:
+def bounded(axes: Axes, slopes: np.ndarray) -> int:
     """Keep slopes that are far off from squeezing all others; how many are not seen."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, SLOPES[0]), min(high, SLOPES[1]))

@@ -9,6 +9,7 @@ import numpy as np
 
 from circuitflow.circuits.circuit import Circuit, read_circuit
 from circuitflow.features.descriptions import Descriptions, read_descriptions
+from circuitflow.plots.conditions import main_rows
 from circuitflow.plots.tables import ASSEMBLED, Table, in_depth_order, rows, swept, top_nodes, unit_of
 from circuitflow.store.tables import read_provenance, read_table
 
@@ -85,7 +86,7 @@ def read_result(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> Result:
         nodes=nodes,
         descriptions=_told(read_descriptions(inputs["features"]), nodes, circuit),
         circuit=circuit,
-        faithfulness=read_table(inputs["faithfulness"]),
+        faithfulness=main_rows(read_table(inputs["faithfulness"])),
         conventions=read_provenance(inputs["faithfulness"]).get("conventions", {}),
     )
 

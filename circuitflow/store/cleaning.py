@@ -80,6 +80,8 @@ def _names_in(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if isinstance(value.get("object"), str):
             yield value["object"]
+        ledgers = value.get("ledgers")
+        yield from ledgers if isinstance(ledgers, list) else ()
         yield from _names_in(value.get("provenance"))
 
 

@@ -1,0 +1,92 @@
+"""``circuitflow convert-circuit``: circuits from one tool's format to another's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from circuitflow.circuits.circuit import Circuit, read_circuit, write_circuit
+from circuitflow.circuits.formats.feature_circuits import read_feature_circuits, write_feature_circuits
+from circuitflow.circuits.formats.mib import Shape, read_mib, write_mib
+from circuitflow.errors import UserError, nearest
+from circuitflow.store.files import read_json
+
+FORMATS = ("circuitflow", "mib", "feature-circuits")
+ENDINGS = {".pt": "feature-circuits"}
+
+
+def convert_circuit(
+    source: Path,
+    target: Path,
+    to_format: str,
+    from_format: str | None = None,
+    model: Path | None = None,
+    dictionaries: Path | None = None,
+    thresholds: tuple[float, float] = (0.0, 0.0),
+) -> str:
+    """Convert one circuit and tell what was done, in a sentence.
+
+    :param from_format: None: as the file tells.
+    :param model: folder with the model's config.json, whose shape a MIB circuit takes.
+    :param dictionaries: folder of dictionaries, {site}.json, whose widths a feature-circuits file takes.
+    :param thresholds: least |effect| of nodes and edges that are read from feature-circuits.
+    :raises UserError: it is not there, or one of the formats cannot hold it exactly.
+    """
+    for name in (to_format, from_format):
+        if name is not None and name not in FORMATS:
+            raise UserError(f"Format '{name}' of circuits is unknown; {nearest(name, FORMATS)}.")
+    if target.exists():
+        raise UserError(f"{target} exists; name a file that does not.")
+    given = from_format or detected(source)
+    shape = None if model is None else shape_of(model)
+    if given == "mib":
+        circuit = read_mib(source, None if shape is None else shape.d_head)
+    elif given == "feature-circuits":
+        circuit = read_feature_circuits(source, *thresholds)
+    else:
+        circuit = read_circuit(source)
+    if to_format == "mib":
+        write_mib(target, circuit, shape)
+    elif to_format == "feature-circuits":
+        write_feature_circuits(target, circuit, _widths(circuit, dictionaries))
+    else:
+        write_circuit(target, circuit)
+    said = f"{len(circuit.nodes)} nodes and {len(circuit.edges)} edges at {len(circuit.sites)} sites"
+    return f"{target}: {said}, from {source} ({given}) to {to_format}"
+
+
+def detected(path: Path) -> str:
+    """The format of a circuit's file.
+
+    :raises UserError: it is missing, or none of the known ones.
+    """
+    if path.suffix in ENDINGS:
+        return ENDINGS[path.suffix]
+    value = read_json(path)
+    if isinstance(value, dict) and "cfg" in value and "nodes" in value:
+        return "mib"
+    return "circuitflow"
+
+
+def shape_of(folder: Path) -> Shape:
+    """A model's shape from its config.json.
+
+    :raises UserError: it is missing or says too little.
+    """
+    path = folder if folder.is_file() else folder / "config.json"
+    value = read_json(path)
+    names = ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"), ("hidden_size", "n_embd")
+    found = [next((int(value[key]) for key in keys if key in value), 0) for keys in names]
+    if 0 in found:
+        raise UserError(
+            f"File {path} does not say how many layers and heads the model has, and how wide it is."
+        )
+    layers, heads, width = found
+    parallel = bool(value.get("use_parallel_residual", value.get("model_type") == "gpt_neox"))
+    return Shape(layers, heads, width, int(value.get("head_dim") or width // heads), parallel)
+
+
+def _widths(circuit: Circuit, folder: Path | None) -> Mapping[str, int] | None:
+    if folder is None:
+        return None
+    from circuitflow.dictionaries.dictionary import load_dictionary
+
+    return {site: load_dictionary(folder / f"{site}.json").d_dict for site in circuit.sites}

@@ -1,0 +1,251 @@
+"""Circuits of the mechanistic interpretability benchmark (MIB): components of a transformer as JSON, in and out.
+
+A file holds ``cfg`` {n_layers, n_heads, parallel_attn_mlp, d_model}, ``nodes`` {name: {in_graph [, score, neurons,
+neurons_scores]}} and ``edges`` {"a0.h1->m2": {score, in_graph}}, where edges into a head say which of its inputs they
+reach ("input->a0.h1<q>"). Nodes are "input" (the site embed), "a{L}.h{H}" (a head: its coordinates of z.L), "m{L}"
+(mlp.L) and "logits" (the metric). Neurons are coordinates of a component's output, so that here they exist of "input"
+and "m{L}" alone.
+
+In circuitflow a whole component is the error node of a site without dictionary (kind none), coordinates are features of
+an identity dictionary. A circuit that was read carries the file under ``selection["mib"]`` and is written back equal.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuitflow.circuits.circuit import METRIC, Circuit, Edge, Node
+from circuitflow.errors import UserError
+from circuitflow.models.sites import depth_order, parse_site
+from circuitflow.store.files import read_json, write_json
+
+KEYS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
+INPUTS = "qkv"
+CONVENTIONS = {
+    "nodes": "error: the whole component (a site without dictionary); features: its coordinates (an identity "
+    "dictionary)",
+    "heads": "the coordinates of z.L that belong to the head, each with an equal part of its score",
+    "edges": "between components, in selection.mib; those whose ends are single nodes here are listed as edges too",
+    "score": "as in the file; unscored nodes have 0",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the names of a model's components follow from."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    parallel: bool = False
+
+    def as_cfg(self) -> dict[str, Any]:
+        """The file's ``cfg``."""
+        return {
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "parallel_attn_mlp": self.parallel,
+            "d_model": self.d_model,
+        }
+
+    def components(self) -> Iterator[str]:
+        """Names of everything that writes to the stream, in order."""
+        yield "input"
+        for layer in range(self.n_layers):
+            yield from (f"a{layer}.h{head}" for head in range(self.n_heads))
+            yield f"m{layer}"
+
+    def edges(self) -> Iterator[tuple[str, str]]:
+        """All pairs of components of which the second reads what the first writes, without inputs of heads."""
+        before = ["input"]
+        for layer in range(self.n_layers):
+            heads, mlp = [f"a{layer}.h{head}" for head in range(self.n_heads)], f"m{layer}"
+            yield from ((up, head) for up in before for head in heads)
+            seen = before if self.parallel else [*before, *heads]
+            yield from ((up, mlp) for up in seen)
+            before = [*before, *heads, mlp]
+        yield from ((up, "logits") for up in before)
+
+
+def read_mib(path: Path, d_head: int | None = None) -> Circuit:
+    """A circuit from a file of the benchmark.
+
+    :param d_head: width of a head, where it is not d_model / n_heads.
+    :raises UserError: it is no such file, or names a component that its ``cfg`` does not have.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(key), dict) for key in ("cfg", "nodes", "edges")
+    ):
+        raise UserError(f"File {path} is no MIB circuit: it needs the keys cfg, nodes and edges.")
+    cfg = value["cfg"]
+    if missing := [key for key in KEYS if key not in cfg]:
+        raise UserError(
+            f"MIB circuit {path} says nothing of {missing[0]} in its cfg; it needs {', '.join(KEYS)}."
+        )
+    shape = Shape(
+        int(cfg["n_layers"]),
+        int(cfg["n_heads"]),
+        int(cfg["d_model"]),
+        d_head or int(cfg["d_model"]) // int(cfg["n_heads"]),
+        bool(cfg["parallel_attn_mlp"]),
+    )
+    known = {*shape.components(), "logits"}
+    if unknown := sorted(set(value["nodes"]) - known):
+        raise UserError(
+            f"MIB circuit {path} names a node '{unknown[0]}' that a model of its cfg does not have."
+        )
+    nodes = [
+        node
+        for name, told in value["nodes"].items()
+        if name != "logits" and told.get("in_graph")
+        for node in _nodes(name, told, shape, path)
+    ]
+    nodes.sort(key=lambda node: (depth_order(parse_site(node.site)), -abs(node.score), node.feature))
+    sites = sorted(
+        {_site(name) for name in shape.components()}, key=lambda site: depth_order(parse_site(site))
+    )
+    return Circuit(
+        tuple(sites),
+        tuple(nodes),
+        tuple(_edges(value["edges"], {node.id for node in nodes}, known, path)),
+        {"mib": {"cfg": dict(cfg), "nodes": value["nodes"], "edges": value["edges"]}, "d_head": shape.d_head},
+        CONVENTIONS,
+        {"format": "mib"},
+    )
+
+
+def write_mib(path: Path, circuit: Circuit, shape: Shape | None = None) -> None:
+    """Write a circuit of whole components, or of coordinates of embed and mlp sites, for the benchmark.
+
+    A circuit that :func:`read_mib` made is written as it was. An edge of ours into a head is one into each of its
+    inputs; without edges, all between the circuit's components are in.
+
+    :raises UserError: a node has no counterpart there (a dictionary's feature, part of a head, another site, a
+    position).
+    """
+    kept = circuit.selection.get("mib")
+    if kept is not None:
+        write_json(path, json.loads(json.dumps(kept)))
+        return
+    if shape is None:
+        raise UserError(
+            "Writing a MIB circuit takes the model's shape (layers, heads, width); name the model's folder."
+        )
+    write_json(path, {"cfg": shape.as_cfg(), **_described(circuit, shape)})
+
+
+def _described(circuit: Circuit, shape: Shape) -> dict[str, Any]:
+    inside: dict[str, list[Node]] = {}
+    for node in circuit.nodes:
+        for name in _components(node, shape):
+            inside.setdefault(name, []).append(node)
+    nodes: dict[str, Any] = {name: _told(name, inside.get(name, []), shape) for name in shape.components()}
+    nodes["logits"] = {"in_graph": True}
+    weights: dict[tuple[str, str], float] = {}
+    owners = {node.id: _components(node, shape) for node in circuit.nodes} | {METRIC: ["logits"]}
+    for edge in circuit.edges:
+        for up in owners[edge.up]:
+            for down in owners[edge.down]:
+                part = edge.weight / len(owners[edge.up]) / len(owners[edge.down])
+                weights[up, down] = weights.get((up, down), 0.0) + part
+    edges = {}
+    for up, down in shape.edges():
+        present = up in inside and (down in inside or down == "logits")
+        told = {"score": weights.get((up, down), 0.0)}
+        told["in_graph"] = (up, down) in weights if circuit.edges else present
+        for name in [f"{up}->{down}<{letter}>" for letter in INPUTS] if down[0] == "a" else [f"{up}->{down}"]:
+            edges[name] = dict(told)
+    return {"nodes": nodes, "edges": edges}
+
+
+def _told(name: str, nodes: list[Node], shape: Shape) -> dict[str, Any]:
+    """What the file says of one component."""
+    told: dict[str, Any] = {"in_graph": bool(nodes)}
+    if nodes:
+        parts = shape.n_heads if name[0] == "a" and nodes[0].kind == "error" else 1
+        told["score"] = math.fsum(node.score for node in nodes) / parts
+    features = [node for node in nodes if node.kind == "feature"]
+    if name[0] == "a" and features and len(features) < shape.d_head:
+        raise UserError(
+            f"Head {name} is in the circuit with {len(features)} of {shape.d_head} coordinates, and MIB knows whole "
+            f"heads "
+            "alone; keep all of them or none."
+        )
+    if features and name[0] != "a":
+        scores = {node.feature: node.score for node in features}
+        told["neurons"] = [index in scores for index in range(shape.d_model)]
+        told["neurons_scores"] = [scores.get(index, 0.0) for index in range(shape.d_model)]
+    return told
+
+
+def _components(node: Node, shape: Shape) -> list[str]:
+    """The components that a node of ours stands for."""
+    site = parse_site(node.site)
+    whole = node.kind == "error"
+    width = shape.n_heads * shape.d_head if site.kind == "z" else shape.d_model
+    if (
+        node.position is not None
+        or site.kind not in ("embed", "z", "mlp")
+        or (not whole and node.feature >= width)
+    ):
+        raise UserError(
+            f"Node {node.id} has no counterpart in a MIB circuit, which holds embed, heads (z) and MLPs, whole or by "
+            "coordinates, summed over positions; score with dictionaries of kind none or identity at these sites."
+        )
+    if site.kind != "z":
+        return ["input" if site.kind == "embed" else f"m{site.layer}"]
+    if whole:
+        return [f"a{site.layer}.h{head}" for head in range(shape.n_heads)]
+    return [f"a{site.layer}.h{node.feature // shape.d_head}"]
+
+
+def _site(name: str) -> str:
+    if name == "input":
+        return "embed"
+    layer = name[1:].partition(".")[0]
+    return f"z.{layer}" if name[0] == "a" else f"mlp.{layer}"
+
+
+def _nodes(name: str, told: Mapping[str, Any], shape: Shape, path: Path) -> list[Node]:
+    score = _number(told.get("score"))
+    if name[0] == "a":
+        first = int(name.partition(".h")[2]) * shape.d_head
+        part = score / shape.d_head
+        return [Node(_site(name), "feature", first + i, part) for i in range(shape.d_head)]
+    if "neurons" not in told:
+        return [Node(_site(name), "error", -1, score)]
+    neurons = told["neurons"]
+    if len(neurons) != shape.d_model:
+        raise UserError(
+            f"MIB circuit {path} has {len(neurons)} neurons at {name} but a model of width {shape.d_model}; "
+            "its cfg and its nodes do not fit."
+        )
+    scores = told.get("neurons_scores") or [0.0] * len(neurons)
+    return [
+        Node(_site(name), "feature", index, _number(scores[index]))
+        for index, inside in enumerate(neurons)
+        if inside
+    ]
+
+
+def _edges(told: Mapping[str, Any], nodes: set[str], known: set[str], path: Path) -> Iterator[Edge]:
+    """Edges whose two ends are each one node here."""
+    for name, edge in sorted(told.items(), key=lambda item: (-abs(_number(item[1].get("score"))), item[0])):
+        found = re.fullmatch(r"(.+)->([^<]+)(<[qkv]>)?", name)
+        if found is None or found[1] not in known or found[2] not in known:
+            raise UserError(f"MIB circuit {path} has an edge '{name}' between no components of its cfg.")
+        up = f"{_site(found[1])}/error"
+        down = METRIC if found[2] == "logits" else f"{_site(found[2])}/error"
+        if edge.get("in_graph") and up in nodes and (down == METRIC or down in nodes) and not found[3]:
+            yield Edge(up, down, _number(edge.get("score")))
+
+
+def _number(value: Any) -> float:
+    number = 0.0 if value is None else float(value)
+    return number if math.isfinite(number) else 0.0

@@ -1,0 +1,228 @@
+"""Circuits in other tools' formats: round trips, what each number becomes, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from circuitflow.circuits.circuit import METRIC, Circuit, Edge, Node, read_circuit, write_circuit
+from circuitflow.circuits.converting import convert_circuit, shape_of
+from circuitflow.circuits.formats.feature_circuits import read_feature_circuits, write_feature_circuits
+from circuitflow.circuits.formats.mib import Shape, read_mib, write_mib
+from circuitflow.cli import app
+from circuitflow.errors import UserError
+
+SHAPE = Shape(n_layers=2, n_heads=2, d_model=4, d_head=2)
+THEIRS = Path("resources/exchange/feature_circuits.py")
+
+
+def mib_file(path, neurons=False):
+    """What the benchmark's own Graph.to_json writes for a model of two layers."""
+    nodes = {
+        name: {"in_graph": name in ("input", "a0.h1", "m1"), "score": 0.5} for name in SHAPE.components()
+    }
+    nodes["logits"] = {"in_graph": True}
+    if neurons:
+        nodes["m1"] |= {"neurons": [True, False, True, False], "neurons_scores": [1.0, 0.0, -2.0, 0.0]}
+    edges = {}
+    for up, down in SHAPE.edges():
+        for name in [f"{up}->{down}<{x}>" for x in "qkv"] if down[0] == "a" else [f"{up}->{down}"]:
+            edges[name] = {"score": 0.25, "in_graph": name in ("input->m1", "m1->logits", "input->a0.h1<q>")}
+    path.write_text(json.dumps({"cfg": SHAPE.as_cfg(), "nodes": nodes, "edges": edges}))
+    return path
+
+
+def test_a_mib_circuit_in_and_out_is_the_same_file(tmp_path):
+    source = mib_file(tmp_path / "a.json", neurons=True)
+    write_circuit(tmp_path / "ours.json", read_mib(source))
+    write_mib(tmp_path / "b.json", read_circuit(tmp_path / "ours.json"))
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(source.read_text())
+
+
+def test_what_components_become(tmp_path):
+    found = read_mib(mib_file(tmp_path / "a.json", neurons=True))
+    assert found.sites == ("embed", "z.0", "mlp.0", "z.1", "mlp.1")
+    assert [(node.id, node.score) for node in found.nodes] == [
+        ("embed/error", 0.5),
+        ("z.0/2", 0.25),
+        ("z.0/3", 0.25),
+        ("mlp.1/2", -2.0),
+        ("mlp.1/0", 1.0),
+    ]
+    assert found.edges == ()  # their ends are coordinates here
+    whole = read_mib(mib_file(tmp_path / "b.json"))
+    assert {(edge.up, edge.down) for edge in whole.edges} == {
+        ("embed/error", "mlp.1/error"),
+        ("mlp.1/error", METRIC),
+    }
+
+
+def test_the_number_of_edges_is_that_of_the_benchmark():
+    count = sum(3 if down[0] == "a" else 1 for _, down in Shape(12, 12, 768, 64).edges())
+    assert count == 32491  # GPT-2 small
+    first = [edge for edge in Shape(1, 2, 4, 2, parallel=True).edges() if edge[1] == "m0"]
+    assert first == [("input", "m0")]
+
+
+def test_our_coordinates_as_neurons_and_heads(tmp_path):
+    nodes = (
+        Node("embed", "error", -1, 0.5),
+        Node("z.0", "feature", 2, 0.75),
+        Node("z.0", "feature", 3, 0.25),
+        Node("mlp.1", "feature", 1, -2.0),
+    )
+    edges = (Edge("embed/error", "mlp.1/1", 0.125), Edge("z.0/2", METRIC, 1.0), Edge("z.0/3", METRIC, 2.0))
+    circuit = Circuit(("embed", "z.0", "mlp.1"), nodes, edges)
+    write_mib(tmp_path / "a.json", circuit, SHAPE)
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["cfg"] == {"n_layers": 2, "n_heads": 2, "parallel_attn_mlp": False, "d_model": 4}
+    assert told["nodes"]["a0.h1"] == {"in_graph": True, "score": 1.0}
+    assert told["nodes"]["m1"]["neurons"] == [False, True, False, False]
+    assert told["nodes"]["m1"]["neurons_scores"] == [0, -2, 0, 0]
+    assert {name for name, node in told["nodes"].items() if node["in_graph"]} == {
+        "input",
+        "a0.h1",
+        "m1",
+        "logits",
+    }
+    assert told["edges"]["a0.h1->logits"] == {"score": 3.0, "in_graph": True}
+    assert told["edges"]["input->m1"] == {"score": 0.125, "in_graph": True}
+    assert not told["edges"]["input->m0"]["in_graph"]
+    again = read_mib(tmp_path / "a.json")
+    assert {(node.id, node.score) for node in again.nodes} >= {("embed/error", 0.5), ("mlp.1/1", -2.0)}
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (Node("resid.0", "feature", 1, 1.0), "no counterpart"),
+        (Node("mlp.0", "feature", 9, 1.0), "no counterpart"),
+        (Node("mlp.0", "error", -1, 1.0, position=2), "no counterpart"),
+        (Node("z.0", "feature", 2, 1.0), "whole heads"),
+    ],
+)
+def test_what_mib_cannot_hold_is_refused(tmp_path, node, words):
+    with pytest.raises(UserError, match=words):
+        write_mib(tmp_path / "a.json", Circuit((node.site,), (node,), ()), SHAPE)
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_damaged_mib_files_are_told_in_one_sentence(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"nodes": {}}')
+    with pytest.raises(UserError, match="cfg, nodes and edges"):
+        read_mib(path)
+    value = json.loads(mib_file(path).read_text())
+    path.write_text(json.dumps({**value, "nodes": {"a7.h0": {"in_graph": True}}}))
+    with pytest.raises(UserError, match=r"'a7\.h0'"):
+        read_mib(path)
+    path.write_text(json.dumps({**value, "edges": {"m0->m9": {"score": 1, "in_graph": True}}}))
+    with pytest.raises(UserError, match="'m0->m9'"):
+        read_mib(path)
+
+
+def toy_circuit():
+    nodes = (
+        Node("embed", "feature", 1, 0.5),
+        Node("attn.0", "error", -1, -0.25),
+        Node("resid.0", "feature", 2, 2.0),
+        Node("resid.0", "error", -1, 1.0),
+    )
+    edges = (
+        Edge("resid.0/2", METRIC, 2.0),
+        Edge("embed/1", "attn.0/error", -0.5),
+        Edge("attn.0/error", "resid.0/2", 0.25),
+    )
+    sizes = {"embed": 3, "attn.0": 4, "resid.0": 5}
+    return Circuit(("embed", "attn.0", "resid.0"), nodes, edges, {"d_dict": sizes})
+
+
+def test_feature_circuits_round_trip(tmp_path):
+    circuit = toy_circuit()
+    write_feature_circuits(tmp_path / "a.pt", circuit)
+    told = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert told["nodes"]["resid_0"]["act"].tolist() == [0, 0, 2, 0, 0]
+    assert told["nodes"]["attn_0"]["resc"].tolist() == [-0.25]
+    assert told["edges"]["embed"]["attn_0"].shape == (5, 4)
+    assert told["edges"]["embed"]["attn_0"].to_dense()[4, 1] == -0.5
+    assert told["edges"]["resid_0"]["y"].to_dense().tolist() == [0, 0, 2, 0, 0, 0]
+    again = read_feature_circuits(tmp_path / "a.pt")
+    assert again.sites == circuit.sites
+    assert again.nodes == circuit.nodes
+    assert set(again.edges) == set(circuit.edges)
+
+
+def test_thresholds_choose_as_their_figures_do(tmp_path):
+    write_feature_circuits(tmp_path / "a.pt", toy_circuit())
+    found = read_feature_circuits(tmp_path / "a.pt", node_threshold=0.3, edge_threshold=1.0)
+    assert [node.id for node in found.nodes] == ["embed/1", "resid.0/2", "resid.0/error"]
+    assert [(edge.up, edge.down) for edge in found.edges] == [("resid.0/2", METRIC)]
+
+
+CLASS = """
+class SparseAct:
+    def __init__(self, act=None, res=None, resc=None):
+        self.act, self.res, self.resc = act, res, resc
+"""
+
+
+def test_the_converter_runs_where_their_class_lives(tmp_path):
+    """Their own pickles are refused here, and become plain, and back, by the script alone."""
+    (tmp_path / "activation_utils.py").write_text(CLASS)
+    write_feature_circuits(tmp_path / "plain.pt", toy_circuit())
+    script = THEIRS.resolve()
+
+    def convert(*arguments):
+        command = [sys.executable, str(script), *arguments]
+        environment = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+
+    convert("from-plain", "plain.pt", "theirs.pt")
+    with pytest.raises(UserError, match="more than plain tensors"):
+        read_feature_circuits(tmp_path / "theirs.pt")
+    convert("to-plain", "theirs.pt", "again.pt")
+    assert read_feature_circuits(tmp_path / "again.pt").nodes == toy_circuit().nodes
+
+
+def test_effects_by_position_and_foreign_places_are_refused(tmp_path):
+    def saved(nodes):
+        torch.save({"nodes": nodes, "edges": {}}, tmp_path / "a.pt")
+        return tmp_path / "a.pt"
+
+    with pytest.raises(UserError, match="aggregation sum"):
+        read_feature_circuits(saved({"resid_0": {"act": torch.ones(6, 5), "resc": torch.ones(6, 1)}}))
+    with pytest.raises(UserError, match="'head_0'"):
+        read_feature_circuits(saved({"head_0": {"act": torch.ones(5), "resc": torch.ones(1)}}))
+    with pytest.raises(UserError, match="without 'resc'"):
+        read_feature_circuits(saved({"resid_0": {"act": torch.ones(5)}}))
+    with pytest.raises(UserError, match="is not known"):
+        write_feature_circuits(tmp_path / "b.pt", Circuit(("mlp.0",), (), ()))
+
+
+def test_the_command_line(tmp_path):
+    source = mib_file(tmp_path / "a.json")
+    ours, back = tmp_path / "ours.json", tmp_path / "back.json"
+    runner = CliRunner()
+    first = runner.invoke(app, ["convert-circuit", str(source), str(ours), "--to", "circuitflow"])
+    assert first.exit_code == 0, first.output
+    assert "4 nodes and 2 edges" in first.output
+    assert runner.invoke(app, ["convert-circuit", str(ours), str(back), "--to", "mib"]).exit_code == 0
+    assert json.loads(back.read_text()) == json.loads(source.read_text())
+    with pytest.raises(UserError, match="exists"):
+        convert_circuit(source, ours, "circuitflow")
+    with pytest.raises(UserError, match="did you mean 'mib'"):
+        convert_circuit(source, tmp_path / "x", "mibb")
+
+
+def test_shapes_of_models(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"n_layer": 3, "n_head": 4, "n_embd": 8, "model_type": "gpt2"})
+    )
+    assert shape_of(tmp_path) == Shape(3, 4, 8, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 3}))
+    with pytest.raises(UserError, match="how many layers"):
+        shape_of(tmp_path)

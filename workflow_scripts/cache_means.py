@@ -1,0 +1,12 @@
+"""Keep the mean activations of one site over the patched training inputs."""
+
+from circuitflow.circuits.means import KIND, cache_means
+from circuitflow.jobs import run_stage
+
+if "snakemake" in globals():
+    run_stage(
+        snakemake,
+        cache_means,
+        kind=KIND,
+        arrays={"gradients_train": ["{site}/clean", "{site}/patched"]},
+    )
