@@ -26,6 +26,7 @@ rule plot_faithfulness:
 rule plot_circuit:
     input:
         circuit=f"{SET}/circuit.json",
+        audit=f"{SET}/audit.parquet",
         features=FEATURES,
     output:
         png=report(
@@ -54,6 +55,7 @@ rule plot_circuit:
 rule plot_circuit_positions:
     input:
         circuit=f"{SET}/circuit.json",
+        audit=f"{SET}/audit.parquet",
         features=FEATURES,
         tokens=f"{TASK}/confident/train.parquet",
         positions=POSITION_SCORES,

@@ -34,6 +34,7 @@ PLOTS = [
     "top_features",
     "faithfulness",
     "circuit",
+    "audit",
 ]
 METHOD = CFG.scores.method
 # Without effects of single pairs and positions there is nothing to resample or to lay out.
@@ -177,6 +178,21 @@ ENCODED = not any(
     and CFG.dictionary(site).source.format == "decoder"
     for site in SITES
 )
+
+
+def with_features(target, files):
+    """Input of a target that needs features to be active: without an encoder it ends here, in one sentence."""
+
+    def wanted(wildcards):
+        if ENCODED:
+            return files()
+        # What else an input function raises, Snakemake shows with a traceback.
+        raise SystemExit(
+            f"Error: Target {target} needs encoders, and a site's dictionary is a decoder alone "
+            "(format decoder); choose dictionaries with encoders."
+        )
+
+    return wanted
 
 
 # Plots of the page; where there are clusters, their figure is on the pages of all.

@@ -13,6 +13,7 @@ COMPARED_SETS = [
     name for name, _ in CONTENDERS.values() if name != CFG.dictionaries.name
 ]
 COMPARE = f"{TASK}/compare"
+OF_COMPARISON = [f"{COMPARE}/comparison.parquet", f"{COMPARE}/figures/budgets.png"]
 BUDGET_TABLES = ["comparison", "differences", "areas", "circuits"]
 
 
@@ -85,6 +86,7 @@ rule evaluate_budget:
     input:
         model=f"{MODEL}/model/manifest.json",
         nodes=f"{COMPARE}/{{contender}}/nodes.parquet",
+        layers=f"{COMPARE}/{{contender}}/layers.parquet",
         tokens_train=f"{TASK}/confident/train.parquet",
         tokens_test=f"{TASK}/confident/test.parquet",
         gradients_train=f"{TASK}/gradients/train.json",
@@ -187,5 +189,4 @@ rule plot_budgets:
 
 rule compare:
     input:
-        lambda wildcards: of_tasks(f"{COMPARE}/figures/budgets.png"),
-        lambda wildcards: of_tasks(f"{COMPARE}/comparison.parquet"),
+        with_features("compare", lambda: of_tasks(OF_COMPARISON)),

@@ -70,4 +70,4 @@ rule plot_effects:
 
 rule effects:
     input:
-        lambda wildcards: of_tasks(f"{SET}/figures/effects.png"),
+        with_features("effects", lambda: of_tasks(f"{SET}/figures/effects.png")),

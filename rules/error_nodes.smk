@@ -140,4 +140,4 @@ rule decompose_errors:
 
 rule error_nodes:
     input:
-        lambda wildcards: of_tasks(OF_ERRORS),
+        with_features("error_nodes", lambda: of_tasks(OF_ERRORS)),

@@ -146,26 +146,22 @@ if CFG.task.pairs.kind != "text":
             "../workflow_scripts/export_confident.py"
 
 
-FAITHFULNESS = [
-    "faithfulness",
-    "faithfulness_conditions",
-    "composition",
-    "outliers",
-    "confidence",
-    "edge_faithfulness",
+OF_FAITHFULNESS = [
+    f"{SET}/figures/{plot}.{kind}"
+    for plot in (
+        "faithfulness",
+        "faithfulness_conditions",
+        "composition",
+        "outliers",
+        "confidence",
+        "edge_faithfulness",
+    )
+    for kind in ("png", "svg")
 ]
+if CFG.task.pairs.kind != "text":
+    OF_FAITHFULNESS += [f"{TASK}/confident/{split}.jsonl" for split in SPLITS]
 
 
 rule faithfulness:
     input:
-        expand(
-            f"{SET}/figures/{{plot}}.{{kind}}",
-            task=TASKS,
-            plot=FAITHFULNESS,
-            kind=["png", "svg"],
-        ),
-        (
-            []
-            if CFG.task.pairs.kind == "text"
-            else expand(f"{TASK}/confident/{{split}}.jsonl", task=TASKS, split=SPLITS)
-        ),
+        with_features("faithfulness", lambda: of_tasks(OF_FAITHFULNESS)),

@@ -165,4 +165,4 @@ rule plot_methods:
 
 rule methods:
     input:
-        lambda wildcards: methods_compared(),
+        with_features("methods", lambda: methods_compared()),

@@ -8,6 +8,7 @@ rule build_report:
         nodes=f"{SET}/ranking/nodes.parquet",
         features=FEATURES,
         circuit=f"{SET}/circuit.json",
+        audit=f"{SET}/audit.parquet",
         faithfulness=f"{SET}/faithfulness.parquet",
         figures=[f"{file}.svg" for file in PAGE_PLOTS.values()],
         captions=expand("resources/captions/{plot}.rst", plot=PAGE_PLOTS),

@@ -1,5 +1,14 @@
 # Scores and circuits against the truth.
 
+OF_VALIDATION = [
+    f"{SET}/{file}"
+    for file in (
+        "validation.parquet",
+        "audit.parquet",
+        "figures/validation.png",
+        "figures/audit.png",
+    )
+]
 VALIDATED = [
     method
     for method in dict.fromkeys([METHOD, *CFG.scores.compare])
@@ -142,7 +151,4 @@ rule plot_audit:
 
 rule validation:
     input:
-        lambda wildcards: of_tasks(f"{SET}/validation.parquet"),
-        lambda wildcards: of_tasks(f"{SET}/audit.parquet"),
-        lambda wildcards: of_tasks(f"{SET}/figures/validation.png"),
-        lambda wildcards: of_tasks(f"{SET}/figures/audit.png"),
+        with_features("validation", lambda: of_tasks(OF_VALIDATION)),

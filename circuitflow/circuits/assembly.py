@@ -18,6 +18,7 @@ from circuitflow.circuits.circuit import (
     write_dot,
     write_graphml,
 )
+from circuitflow.circuits.members import edges_between
 from circuitflow.circuits.pruning import Pruned, pruned
 from circuitflow.circuits.selection import chosen
 from circuitflow.dictionaries.dictionary import load_dictionary
@@ -25,7 +26,7 @@ from circuitflow.errors import UserError
 from circuitflow.jobs import Output
 from circuitflow.progress import logger
 from circuitflow.store.objects import content_of
-from circuitflow.store.tables import read_provenance, read_table
+from circuitflow.store.tables import read_table
 
 CONVENTIONS = {
     "metric": "m = wrong - right: negative when the model is right",
@@ -198,25 +199,6 @@ def outside_pool(
     everything = candidate_nodes(table, sites, len(table["site"]), ranking)
     wanted = _passing(everything, rule, ranking, total)
     return len({node.id for node in wanted} - {node.id for node in candidates})
-
-
-def edges_between(path: Path, nodes: Sequence[Node]) -> list[Edge]:
-    """Edges of one table of score_edges between these nodes, or to the metric; weights of exactly 0 are no edges."""
-    down_site = read_provenance(path)["params"]["down"]
-    table = read_table(path)
-    ends = {
-        (node.site, node.feature, SUMMED if node.position is None else node.position): node.id
-        for node in nodes
-    }
-    found = []
-    columns = ("up_site", "up_feature", "up_position", "down_kind", "down_feature", "down_position", "weight")
-    rows = zip(*(table[name].tolist() for name in columns), strict=True)
-    for up_site, up, up_position, down_kind, down, down_position, weight in rows:
-        first = ends.get((up_site, up, up_position))
-        second = METRIC if down_kind == "metric" else ends.get((down_site, down, down_position))
-        if first is not None and second is not None and weight != 0:
-            found.append(Edge(first, second, float(weight)))
-    return found
 
 
 def _strength(value: float, ranking: str) -> float:

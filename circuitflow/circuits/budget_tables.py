@@ -24,7 +24,7 @@ CONVENTIONS = {
     "or each its own where the prompts differ",
     "cpr": "area under F over the share of the contender's own nodes (a large one is good); cmd: under |1 - F|",
     "circuits": "as many nodes of each; where dictionaries differ, features that are each other's nearest by decoder "
-    "direction count as the same",
+    "direction count as the same; n: train pairs behind the scores of both, the fewer of n_a and n_b (0: not recorded)",
     "intervals": "95 % bootstrap over prompts",
 }
 WHOLE = "all"
@@ -60,14 +60,14 @@ def compare_budgets(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     ``dictionaries`` (manifests by which features are matched: those of all contenders, in any order); params ``names``
     (of the contenders, in that order), ``sites``, ``aggregate``, ``bootstrap``, ``seed``, ``least_cosine``.
 
-    Outputs, n prompts in every row:
+    Outputs, n prompts in every row (``circuits``: train pairs behind the scores):
 
     - ``comparison``: contender, method, source, nodes, share, errors, F, low, high, m_circuit, m_empty, m_full, n;
     - ``differences``: contender, reference, nodes, difference, low, high, paired, n;
     - ``areas``: contender, method, candidates, points, cpr, cmd and their difference to the reference
       (``cpr_difference``), each with ``_low`` and ``_high``; paired, n;
     - ``circuits``: a, b, site ("all": together), compared, nodes_a, nodes_b, both, jaccard, matched, pearson, spearman,
-      weighted_jaccard, effect_share_a, effect_share_b, error_share_a, error_share_b.
+      weighted_jaccard, effect_share_a, effect_share_b, error_share_a, error_share_b, n_a, n_b, n.
 
     :raises UserError: fewer than two contenders, or two of the same name.
     """
@@ -198,9 +198,12 @@ def circuit_rows(names: Sequence[str], inputs: Mapping[str, Any], params: Mappin
             if (matched := _matched(made[0].get(site), made[1].get(site), paths, params["least_cosine"]))
         }
         found = compare_two(circuits[a], circuits[b], matches)
-        rows.append(_compared(a, b, WHOLE, found, sum(found["matched"].values())))
+        counts = [int(circuits[name].selection.get("pairs") or 0) for name in (a, b)]
+        behind = {"n_a": counts[0], "n_b": counts[1], "n": min(counts)}
+        rows.append({**_compared(a, b, WHOLE, found, sum(found["matched"].values())), **behind})
         for site in found["per_site"]:
-            rows.append(_compared(a, b, site["site"], site, found["matched"].get(site["site"], 0)))
+            here = found["matched"].get(site["site"], 0)
+            rows.append({**_compared(a, b, site["site"], site, here), **behind})
         progress("circuits compared", done + 1, len(pairs))
     return rows
 

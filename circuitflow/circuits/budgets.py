@@ -1,6 +1,6 @@
 """Contenders at equal node budgets: other methods, dictionaries, seeds and tasks, each with as many nodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ CONVENTIONS = {
 def evaluate_budget(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. The metric on test pairs with one contender's strongest nodes alone, at every budget.
 
-    Inputs ``model``, ``nodes`` (table of rank_features), ``tokens_{split}``, ``gradients_{split}``, ``dictionaries``
-    and optionally ``means`` (lists, in the order of ``sites``); params ``sites``, ``metric``, ``ranking``,
-    ``contender`` and ``method`` (names), ``counts``, ``shares`` (of the contender's nodes, for the areas), ``size``
-    (nodes of the circuit that is compared), ``ablation``, ``pairs``, ``seed``, ``batch_rows``, ``dtype``, ``compute``,
-    ``model_name``, ``task``.
+    Inputs ``model``, ``nodes`` and ``layers`` (tables of rank_features), ``tokens_{split}``, ``gradients_{split}``,
+    ``dictionaries`` and optionally ``means`` (lists, in the order of ``sites``); params ``sites``, ``metric``,
+    ``ranking``, ``contender`` and ``method`` (names), ``counts``, ``shares`` (of the contender's nodes, for the
+    areas), ``size`` (nodes of the circuit that is compared), ``ablation``, ``pairs``, ``seed``, ``batch_rows``,
+    ``dtype``, ``compute``, ``model_name``, ``task``.
 
     Outputs ``values``, one row per budget and prompt: contender, method, source (count | share | all), nodes, share,
     errors (error nodes among them), candidates (all nodes), pair, case, m, m_empty, m_full; ``circuit``: the ``size``
-    strongest nodes as a circuit without edges.
+    strongest nodes as a circuit without edges, which keeps the number of train pairs behind their scores (``pairs``
+    of its selection).
 
     :raises UserError: test prompts have no means, or a dictionary has no encoder.
     """
@@ -66,7 +67,7 @@ def evaluate_budget(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     ledgers = [ledger.name] if ledger.folder is not None else []
     facts = {"conventions": {**CONVENTIONS, "ablated": params["ablation"]}, "ledgers": ledgers}
     write_table(out.files["values"], columns, {**out.provenance, **facts})
-    write_circuit(out.files["circuit"], strongest(table, ranked, params, inputs["dictionaries"], out))
+    write_circuit(out.files["circuit"], strongest(table, ranked, params, inputs, out))
     ledger.save()
     forget_journals(out.folder)
 
@@ -75,24 +76,33 @@ def strongest(
     table: Mapping[str, np.ndarray],
     ranked: Ranked,
     params: Mapping[str, Any],
-    dictionaries: Sequence[Path],
+    inputs: Mapping[str, Any],
     out: Output,
 ) -> Circuit:
     """The ``size`` strongest nodes as a circuit; it has no edges."""
-    names = ("site", "feature", "position", "score_train")
+    sites, names = list(params["sites"]), ("site", "feature", "position", "score_train")
     score = {tuple(key[:3]): key[3] for key in zip(*(table[name].tolist() for name in names), strict=True)}
-    order = {site: depth for depth, site in enumerate(params["sites"])}
+    order = {site: depth for depth, site in enumerate(sites)}
     nodes = [
         Node(site, _kind(feature), feature, score[site, feature, at], None if at == SUMMED else at)
         for site, feature, at in ranked.top(params["size"])
     ]
     nodes.sort(key=lambda node: (order[node.site], -abs(node.score), node.feature))
-    made = {site: content_of(Path(path)) for site, path in zip(params["sites"], dictionaries, strict=True)}
+    made = {site: content_of(Path(path)) for site, path in zip(sites, inputs["dictionaries"], strict=True)}
     known = {"model": params["model_name"], "task": params["task"], "dictionaries": made}
-    selection = {"nodes": {"top": params["size"]}, "edges": None, "ranking": params["ranking"]}
-    return Circuit(
-        tuple(params["sites"]), tuple(nodes), (), selection, CONVENTIONS, {**out.provenance, **known}
-    )
+    selection = {
+        "nodes": {"top": params["size"]},
+        "edges": None,
+        "ranking": params["ranking"],
+        "pairs": scored_pairs(Path(inputs["layers"])),
+    }
+    return Circuit(tuple(sites), tuple(nodes), (), selection, CONVENTIONS, {**out.provenance, **known})
+
+
+def scored_pairs(layers: Path) -> int:
+    """How many train pairs the scores are means over, from the table ``layers`` of rank_features."""
+    table = read_table(layers)
+    return int(table["n"][table["split"] == "train"].max(initial=0))
 
 
 def _kind(feature: int) -> Kind:

@@ -10,7 +10,8 @@ from circuitflow.attribution.nodes import ERROR
 from circuitflow.circuits.circuit import read_circuit
 from circuitflow.circuits.conditions import RESIDUAL
 from circuitflow.circuits.interventions import Triple
-from circuitflow.circuits.sweep import circuit_nodes, ranked_nodes
+from circuitflow.circuits.members import circuit_nodes
+from circuitflow.circuits.sweep import ranked_nodes
 from circuitflow.jobs import Output
 from circuitflow.models.sites import parse_site
 from circuitflow.store.tables import read_table, write_table

@@ -7,7 +7,8 @@ from typing import Any
 from circuitflow.attribution.nodes import ERROR
 from circuitflow.circuits.circuit import Circuit
 from circuitflow.circuits.interventions import Intervention, Triple, complement, from_site, keep, nothing
-from circuitflow.circuits.sweep import Ranked, circuit_nodes, random_nodes
+from circuitflow.circuits.members import circuit_nodes
+from circuitflow.circuits.sweep import Ranked, random_nodes
 from circuitflow.models.sites import depth_order, parse_site
 
 RESIDUAL = ("embed", "resid", "resid_mid")

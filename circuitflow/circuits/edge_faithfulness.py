@@ -10,16 +10,15 @@ import numpy as np
 
 from circuitflow.attribution.paths import Blocks, neighbours
 from circuitflow.circuits import edge_ablation
-from circuitflow.circuits.assembly import edges_between
 from circuitflow.circuits.circuit import METRIC, Circuit, Edge, read_circuit
+from circuitflow.circuits.columns import ordered, stacked
 from circuitflow.circuits.conventions import BECOME
 from circuitflow.circuits.edge_ablation import METRIC_NODE, Graph, Link, run_edges
 from circuitflow.circuits.evaluation import Evaluation, prepared
-from circuitflow.circuits.faithfulness_tables import ordered, stacked
 from circuitflow.circuits.interventions import Triple, keep
 from circuitflow.circuits.measuring import forget_journals, ledger_for, looked_up
+from circuitflow.circuits.members import circuit_nodes, edges_between
 from circuitflow.circuits.statistics import bootstrap, faithfulness
-from circuitflow.circuits.sweep import circuit_nodes
 from circuitflow.jobs import Output, progress
 from circuitflow.store.journal import Journal
 from circuitflow.store.ledger import key_of

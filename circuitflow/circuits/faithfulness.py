@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from circuitflow.circuits.circuit import read_circuit
+from circuitflow.circuits.columns import stacked
 from circuitflow.circuits.conditions import (
     Candidate,
     Condition,
@@ -20,7 +21,7 @@ from circuitflow.circuits.conditions import (
 )
 from circuitflow.circuits.conventions import conventions
 from circuitflow.circuits.evaluation import Evaluation, prepared
-from circuitflow.circuits.faithfulness_tables import Found, area_rows, circuit_rows, prompt_rows, stacked
+from circuitflow.circuits.faithfulness_tables import Found, area_rows, circuit_rows, prompt_rows
 from circuitflow.circuits.measuring import forget_journals, ledger_for, measured
 from circuitflow.circuits.neurons import as_neurons, ranked_neurons
 from circuitflow.circuits.sweep import Ranked, ranked_nodes

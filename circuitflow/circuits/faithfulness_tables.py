@@ -8,18 +8,16 @@ import numpy as np
 from jaxtyping import Float
 
 from circuitflow.attribution.intervals import interval
+from circuitflow.circuits.columns import Columns, ordered, stacked
 from circuitflow.circuits.conditions import Candidate, Condition
 from circuitflow.circuits.statistics import areas, bootstrap, faithfulness, outlying, resampled
 from circuitflow.data.token_pairs import TokenPairs
 
-AGGREGATES = ("ratio_of_means", "mean_of_ratios")
 CURVES = ("circuit", "complement", "neurons")
 """Series that grow by strength, so that they have an area."""
 
 LEAST = {"cpr": -np.inf, "cmd": 0.0}
 """What an area cannot fall below."""
-
-Columns = dict[str, list[Any] | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -119,17 +117,6 @@ def area_rows(found: Found, params: Mapping[str, Any]) -> Columns:
                 row |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
             rows.append(row | {"n": len(found.full)})
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-
-
-def ordered(first: str) -> list[str]:
-    """Both ways of averaging, the wanted one first."""
-    return [first, *(name for name in AGGREGATES if name != first)]
-
-
-def stacked(parts: Sequence[Columns]) -> Columns:
-    """Tables of the same columns, one under the other; empty ones are passed over."""
-    some = [part for part in parts if part]
-    return {name: [value for part in some for value in part[name]] for name in some[0]} if some else {}
 
 
 def _named(candidates: Sequence[Candidate]) -> Columns:

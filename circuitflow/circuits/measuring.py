@@ -79,9 +79,9 @@ def looked_up(
 
     A journal holds the results of passes in order, so it belongs to one list of experiments and is named by it.
     """
-    missing = ledger.missing(keys)
-    if len(missing) < len(keys):
-        logger.info("%d of %d results are known from before", len(keys) - len(missing), len(keys))
+    missing, distinct = ledger.missing(keys), len(set(keys))
+    if len(missing) < distinct:
+        logger.info("%d of %d results are known from before", distinct - len(missing), distinct)
     if missing:
         plan = digest(canonical_json([ledger.name, missing]))[:16]
         ledger.add(missing, run(missing, Journal(folder / JOURNALS.format(plan))))

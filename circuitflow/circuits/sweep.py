@@ -1,12 +1,11 @@
-"""Nodes by strength: what growing circuits, the assembled one and random ones of the same make-up consist of."""
+"""Nodes by strength: what growing circuits and random ones of the same make-up consist of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from circuitflow.attribution.nodes import ERROR, SUMMED, strength
-from circuitflow.circuits.circuit import Circuit
+from circuitflow.attribution.nodes import ERROR, strength
 from circuitflow.circuits.interventions import Triple
 
 
@@ -91,15 +90,6 @@ def random_nodes(
         for n in sizes
         for draw in range(draws)
     ]
-
-
-def circuit_nodes(circuit: Circuit, ranking: str = "absolute") -> tuple[list[Triple], np.ndarray]:
-    """The nodes of an assembled circuit and their strengths; its edges play no part in an ablation of nodes."""
-    nodes = [
-        (node.site, node.feature, SUMMED if node.position is None else node.position)
-        for node in circuit.nodes
-    ]
-    return nodes, strength(np.array([node.score for node in circuit.nodes], np.float64), ranking)
 
 
 def _drawn(ranked: Ranked, n: int, generator: np.random.Generator) -> list[Triple]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from circuitflow.data.pairs import read_pairs, write_pairs
+from circuitflow.data.proportions import wilson
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.plots.tables import wilson
 from circuitflow.store.tables import read_table, write_table
 
 SPLITS = ("train", "test")

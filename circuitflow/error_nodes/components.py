@@ -12,12 +12,14 @@ from torch import Tensor
 from circuitflow.attribution.cached import Cached, batches
 from circuitflow.attribution.changes import changes_of
 from circuitflow.attribution.intervals import interval
-from circuitflow.attribution.scores import CHUNK_PAIRS
 from circuitflow.data.token_pairs import SPLITS, TokenPairs, load_token_pairs
 from circuitflow.dictionaries.dictionary import Dictionary, load_dictionary
 from circuitflow.jobs import Output, progress
 from circuitflow.store.arrays import Store, open_store
 from circuitflow.store.tables import write_table
+
+CHUNK_PAIRS = 64
+"""Pairs read and encoded at once; bounds memory, changes no number."""
 
 PARTS = ("error", "features", "whole")
 """What changes at a site: its error, all its features together (x̂), and the vector itself, which is their sum."""

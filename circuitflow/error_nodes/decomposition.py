@@ -18,12 +18,11 @@ from torch import Tensor
 
 from circuitflow.attribution.cached import Cached, batches
 from circuitflow.attribution.changes import changes_of
-from circuitflow.attribution.scores import CHUNK_PAIRS
 from circuitflow.data.token_pairs import SPLITS, TokenPairs, load_token_pairs
 from circuitflow.dictionaries.dictionary import Dictionary, load_dictionary
 from circuitflow.dictionaries.quality import Sums, check_one_site, intervals
 from circuitflow.dictionaries.rows import SiteRows, open_rows
-from circuitflow.error_nodes.components import mean_and_interval, resampled
+from circuitflow.error_nodes.components import CHUNK_PAIRS, mean_and_interval, resampled
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
 from circuitflow.store.arrays import Store, open_store

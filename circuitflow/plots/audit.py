@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from circuitflow.jobs import Output
-from circuitflow.plots.numbers import number, percent, whole
+from circuitflow.plots.numbers import counted, number, percent, whole
 from circuitflow.plots.scales import log_axis
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
 from circuitflow.plots.tables import Table, rows, unit_of
@@ -74,10 +74,36 @@ def verdicts(summary: Table) -> dict[str, str]:
     found = {}
     for what in ("nodes", "edges"):
         part = rows(summary, what=what, side="outside", stratum="all")
-        if len(part["share"]):
-            share, upper = (float(part[name][0]) for name in ("share", "share_upper"))
+        share, upper = (
+            float(part[name][0]) if len(part[name]) else np.nan for name in ("share", "share_upper")
+        )
+        if np.isfinite(share):
             found[what] = f"{percent(share)} of Σ|effect| lies outside, at most {percent(upper)} (95 %)"
     return found
+
+
+def remark(summary: Table) -> str:
+    """One sentence for the foot of a drawing of the circuit; empty if nothing was measured."""
+    found = "; ".join(f"{what}, {said}" for what, said in verdicts(summary).items())
+    n = int(summary["n"].max(initial=0))
+    return f"Audit: {found}; each patched alone, on {counted(n, 'test pair')}." if found else ""
+
+
+def sentences(summary: Table, unit: str = "logits") -> list[str]:
+    """What the audit says, to stand under a drawing of the circuit: nodes, edges, conservation."""
+    said = []
+    for what, found in verdicts(summary).items():
+        part = {side: rows(summary, what=what, side=side, stratum="all") for side in SIDES}
+        count = {
+            side: " of ".join(whole(float(here[name][0])) for name in ("measured", "population"))
+            for side, here in part.items()
+        }
+        pairs = counted(int(part["outside"]["n"][0]), "test pair")
+        said.append(
+            f"{what.capitalize()}: {found}; {count['outside']} outside and {count['inside']} in the circuit patched "
+            f"alone, on {pairs}."
+        )
+    return [*said, _conservation(summary, unit)]
 
 
 def _scatter(axes: Axes, table: Table, summary: Table, what: str, style: Style) -> None:

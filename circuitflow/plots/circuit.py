@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from circuitflow.circuits.circuit import METRIC, Node, read_circuit
 from circuitflow.features.descriptions import read_descriptions
 from circuitflow.jobs import Output
+from circuitflow.plots.audit import remark
 from circuitflow.plots.circuit_layout import ACROSS, Grid, Layout, lane_of, place
 from circuitflow.plots.circuit_marks import (
     BAND,
@@ -31,6 +32,7 @@ from circuitflow.plots.circuit_routes import bands, routes
 from circuitflow.plots.numbers import signed
 from circuitflow.plots.style import Style, as_many_as_fit, drawing, fitting, save, style_of, text_width
 from circuitflow.plots.tables import unit_of
+from circuitflow.store.tables import read_table
 
 __all__ = ["THICKEST", "Drawing", "draw", "edge_width", "plot_circuit"]
 
@@ -40,13 +42,15 @@ LANE_NAMES = ("attention", "MLP", "residual stream")
 def plot_circuit(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. The circuit's nodes with what they fire on, its strongest edges, and the metric.
 
-    Inputs ``circuit`` (JSON), ``features`` (list of descriptions); params ``style``, ``max_edges``, optionally
+    Inputs ``circuit`` (JSON), ``features`` (list of descriptions), optionally ``audit`` (table ``summary`` of
+    audit_circuit, for a sentence in the note); params ``style``, ``max_edges``, optionally
     ``metric``; outputs ``png``, ``svg``. In the SVG, node i of the circuit is the group ``node-i``, an edge is
     ``edge-i-j`` (the metric: ``m``).
     """
     style = style_of(params)
     circuit, descriptions = read_circuit(Path(inputs["circuit"])), read_descriptions(inputs["features"])
-    drawn = Drawing(circuit, descriptions, int(params["max_edges"]), unit_of(params.get("metric")))
+    audit = remark(read_table(inputs["audit"])) if "audit" in inputs else ""
+    drawn = Drawing(circuit, descriptions, int(params["max_edges"]), unit_of(params.get("metric")), audit)
     with drawing(style):
         save(draw(drawn, style), out, style)
 

@@ -21,7 +21,7 @@ class Grid:
     box: float = 2.16
     height: float = 0.235
     top: float = 1.6
-    bottom: float = 1.15
+    bottom: float = 1.3
 
     @property
     def pitch(self) -> float:

@@ -34,6 +34,8 @@ class Drawing:
     descriptions: Descriptions
     max_edges: int
     unit: str = "logits"
+    audit: str = ""
+    """What the audit says of the circuit, a sentence for the note."""
 
     @property
     def title(self) -> str:
@@ -228,7 +230,9 @@ def note(drawn: Drawing) -> str:
     """How many nodes and edges there are and are drawn, how they were chosen, and what the numbers are."""
     nodes, edges, in_all = len(drawn.circuit.nodes), len(drawn.edges), len(drawn.circuit.edges)
     told = f"all {edges} edges" if edges == in_all else f"the {edges} strongest of {in_all} edges"
-    return (
+    said = (
         f"{nodes} nodes, {told}. {chosen_how(drawn.circuit)} Number in a box: indirect effect in {drawn.unit}, mean "
-        "over the training pairs, which also tints it. Edge: the part of that effect which runs through the upper end."
-    ).replace("  ", " ")
+        "over the training pairs, which also tints it. Edge: the part of that effect which runs through the upper "
+        f"end. {drawn.audit}"
+    )
+    return said.replace("  ", " ").rstrip()

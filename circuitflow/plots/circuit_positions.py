@@ -14,6 +14,7 @@ from circuitflow.circuits.circuit import METRIC, Node, read_circuit
 from circuitflow.errors import UserError, nearest
 from circuitflow.features.descriptions import read_descriptions
 from circuitflow.jobs import Output
+from circuitflow.plots.audit import remark
 from circuitflow.plots.circuit_cells import BOTTOM, BOX, HEIGHT, TOP, Cells, arrange, key
 from circuitflow.plots.circuit_marks import (
     BAND,
@@ -51,9 +52,9 @@ def plot_circuit_positions(inputs: Mapping[str, Any], params: Mapping[str, Any],
 
     Inputs ``circuit``, ``features`` (list of descriptions), ``tokens`` (training split of tokenize_pairs or
     filter_pairs) and ``positions`` (list of the tables ``{site}.positions.parquet`` of score_nodes, in the order of the
-    circuit's sites; may be empty if all nodes have a position); params ``style``, ``case`` (null: the first),
-    ``max_nodes``, ``max_edges``, ``share`` (a node stands at each position with at least this share of Σ|score|),
-    optionally ``metric``; outputs ``png``, ``svg``.
+    circuit's sites; may be empty if all nodes have a position), optionally ``audit`` (table ``summary`` of
+    audit_circuit); params ``style``, ``case`` (null: the first), ``max_nodes``, ``max_edges``, ``share`` (a node stands
+    at each position with at least this share of Σ|score|), optionally ``metric``; outputs ``png``, ``svg``.
 
     :raises UserError: a case that does not exist.
     """
@@ -65,7 +66,8 @@ def plot_circuit_positions(inputs: Mapping[str, Any], params: Mapping[str, Any],
     tokens = read_table(inputs["tokens"])
     spread = spread_of(strongest, tables, tokens, params.get("case"), float(params["share"]))
     found = read_descriptions(inputs["features"])
-    drawn = Drawing(circuit, found, int(params["max_edges"]), unit_of(params.get("metric")))
+    audit = remark(read_table(inputs["audit"])) if "audit" in inputs else ""
+    drawn = Drawing(circuit, found, int(params["max_edges"]), unit_of(params.get("metric")), audit)
     with drawing(style):
         save(draw(drawn, spread, style), out, style)
 
@@ -207,8 +209,9 @@ def _note(drawn: Drawing, spread: Spread) -> str:
         if spread.pairs
         else ""
     )
-    return (
+    said = (
         f"{placed} of {nodes} nodes act in this case and are shown, each where a large share of its effect "
         f"arises.{pairs} {chosen_how(drawn.circuit)} Tint: effect in {drawn.unit} at that position. Edges join the "
-        "strongest positions of their ends."
-    ).replace("  ", " ")
+        f"strongest positions of their ends. {drawn.audit}"
+    )
+    return said.replace("  ", " ").rstrip()

@@ -12,7 +12,6 @@ from circuitflow.store.objects import read_manifest
 
 Table = Mapping[str, np.ndarray]
 
-Z95 = 1.959964
 ASSEMBLED = "assembled"
 """Source of the rows of a faithfulness table that tell of the circuit itself."""
 UNITS = {"logit_difference": "logits", "logit": "logits", "log_probability": "nats", "kl": "nats"}
@@ -41,16 +40,6 @@ def swept(faithfulness: Table, series: str) -> dict[str, np.ndarray]:
 def unit_of(metric: Mapping[str, Any] | None) -> str:
     """Unit of the metric, hence of every effect on it; logits if nothing is said."""
     return UNITS.get(str((metric or {}).get("kind", "logit_difference")), "units of m")
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = successes / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def top_nodes(nodes: Table, count: int, kind: str | None = None) -> dict[str, np.ndarray]:

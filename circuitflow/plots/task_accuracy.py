@@ -8,9 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from circuitflow.data.proportions import wilson
 from circuitflow.jobs import Output
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
-from circuitflow.plots.tables import Table, rows, wilson
+from circuitflow.plots.tables import Table, rows
 from circuitflow.store.tables import read_table
 
 NOTE = (

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from circuitflow.data.proportions import Z95
 from circuitflow.features.descriptions import Descriptions, fires_on, promotes, read_descriptions
 from circuitflow.jobs import Output
 from circuitflow.plots.style import (
@@ -21,7 +22,7 @@ from circuitflow.plots.style import (
     shown,
     style_of,
 )
-from circuitflow.plots.tables import Z95, Table, node_name, top_nodes, unit_of
+from circuitflow.plots.tables import Table, node_name, top_nodes, unit_of
 from circuitflow.store.tables import read_table
 
 ROW = 0.235  # inches

@@ -22,6 +22,7 @@ TITLES = {
     "top_features": "Top nodes and what they fire on",
     "faithfulness": "Faithfulness and completeness",
     "circuit": "The circuit",
+    "audit": "Audit of the circuit",
     "clusters": "Clusters of contexts",
     "circuit_positions": "The circuit over the tokens of a prompt",
     "stability": "Stability of the circuit",

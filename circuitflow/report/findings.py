@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from circuitflow.data.proportions import wilson
 from circuitflow.plots.numbers import counted, fixed, interval, percent
-from circuitflow.plots.tables import Table, rows, wilson
+from circuitflow.plots.tables import Table, rows
 from circuitflow.report.result import Result
 
 LEVELS = (0.5, 0.8)

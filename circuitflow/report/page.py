@@ -9,6 +9,7 @@ import yaml
 
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
+from circuitflow.plots.audit import sentences
 from circuitflow.report import tables
 from circuitflow.report.cards import SHADES, cards
 from circuitflow.report.figures import read_figures
@@ -33,9 +34,10 @@ TABLES = (
 def build_report(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. Write the page.
 
-    Inputs: tables ``prompts``, ``dropped``, ``quality`` (list), ``layers``, ``agreement``, ``nodes``, ``faithfulness``;
-    ``features`` (list) and ``circuit``; ``figures`` (list of SVGs) and ``captions`` (list), in the order of the params'
-    ``plots``; ``templates`` (page.html.j2, page.css, page.js). Params: ``plots`` (names), ``config``. Output ``page``.
+    Inputs: tables ``prompts``, ``dropped``, ``quality`` (list), ``layers``, ``agreement``, ``nodes``, ``faithfulness``,
+    ``audit`` (summary); ``features`` (list) and ``circuit``; ``figures`` (list of SVGs) and ``captions`` (list), in the
+    order of the params' ``plots``; ``templates`` (page.html.j2, page.css, page.js). Params: ``plots`` (names),
+    ``config``. Output ``page``.
 
     :raises UserError: an input is missing or damaged.
     """
@@ -52,6 +54,7 @@ def build_report(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Outp
         result=result,
         findings=findings(result),
         overview=overview(result),
+        audit=sentences(result.audit, result.unit),
         figures=figures,
         tables={table.name: table for table in (make(result) for make in TABLES)},
         cards=cards(result),

@@ -32,6 +32,8 @@ class Result:
     descriptions: Descriptions
     """Of the features that the page tells about: those of the circuit, and those among the strongest nodes."""
     circuit: Circuit
+    audit: Table
+    """How much nodes and edges in and out of the circuit truly do: the table ``summary`` of audit_circuit."""
     faithfulness: Table
     conventions: Mapping[str, Any]
     """What the numbers of ``faithfulness`` mean."""
@@ -86,6 +88,7 @@ def read_result(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> Result:
         nodes=nodes,
         descriptions=_told(read_descriptions(inputs["features"]), nodes, circuit),
         circuit=circuit,
+        audit=read_table(inputs["audit"]),
         faithfulness=main_rows(read_table(inputs["faithfulness"])),
         conventions=read_provenance(inputs["faithfulness"]).get("conventions", {}),
     )

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from circuitflow.circuits.circuit import METRIC
+from circuitflow.data.proportions import wilson
 from circuitflow.features.descriptions import fires_on, promotes
 from circuitflow.features.tokens import visible
 from circuitflow.plots.numbers import fixed, interval, number, percent, signed, whole
-from circuitflow.plots.tables import Table, node_name, rows, top_nodes, wilson
+from circuitflow.plots.tables import Table, node_name, rows, top_nodes
 from circuitflow.report.result import NODES_LISTED, Result
 
 EDGES_LISTED = 40

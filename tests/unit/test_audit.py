@@ -16,11 +16,12 @@ from circuitflow.circuits.circuit import Circuit, Edge, Node, write_circuit
 from circuitflow.circuits.strata import NAMES, estimate_sum, most_beyond, sample
 from circuitflow.dictionaries.dictionary import save_dictionary
 from circuitflow.jobs import Output
-from circuitflow.plots.audit import draw, verdicts
+from circuitflow.plots.audit import draw, remark, sentences, verdicts
 from circuitflow.plots.style import Style, drawing
 from circuitflow.store.arrays import open_store
 from circuitflow.store.journal import Journal
 from circuitflow.store.tables import read_table, write_table
+from tests.fixtures import synthetic_audit as made_up
 from tests.fixtures.attribution_toy import METRIC, cut, toy_dictionary, toy_pairs, write_gradients
 from tests.fixtures.every_site import base_of, cached_of, effects_table
 
@@ -213,6 +214,19 @@ def test_the_summary_counts_what_there_is(run):
     with drawing(Style(dpi=60)):
         figure = draw(summary, tables["nodes"], tables["edges"], Style(dpi=60))
     assert figure.axes[1].get_title("left") == verdicts(summary)["nodes"]
+
+
+def test_what_is_said_beside_a_drawing_of_the_circuit():
+    summary = {name: np.array(column) for name, column in made_up.summary().items()}
+    assert remark(summary) == (
+        "Audit: nodes, 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %); edges, 20\u202f% of Σ|effect| "
+        "lies outside, at most 27\u202f% (95 %); each patched alone, on 16 test pairs."
+    )
+    assert "5 measured nodes have a larger |effect|" in sentences(summary)[-1]
+    unknown = {**summary, "share": np.full(len(summary["n"]), np.nan)}  # no unit has an effect
+    assert remark(unknown) == ""
+    assert [one.partition(":")[0] for one in sentences(unknown, "nats")] == ["Conservation"]
+    assert "3.0e−08 nats" in sentences(unknown, "nats")[0]
 
 
 def test_pairs_are_picked_from_anywhere(run):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from circuitflow.circuits.budget_tables import compare_budgets, read_contender
+from circuitflow.circuits.budgets import scored_pairs
 from circuitflow.circuits.circuit import Circuit, Node, write_circuit
 from circuitflow.config_validation import ComparisonSection
 from circuitflow.errors import UserError
@@ -19,6 +20,8 @@ CURVES = {
     "worse": {1: 0.1, 2: 0.3, 8: 1.0},
     "other": {1: 0.2, 2: 0.6, 4: 1.0},
 }
+
+PAIRS = {"run": 60, "worse": 48}
 
 
 def kept(share):
@@ -47,7 +50,8 @@ def compare(tmp_path):
         }
         write_table(tmp_path / f"{name}.parquet", columns)
         nodes = (Node("resid.0", "feature", 1, 1.0), Node("resid.0", "feature", 2 + len(name), 0.5))
-        write_circuit(tmp_path / f"{name}.json", Circuit(("resid.0",), nodes, ()))
+        selection = {} if name == "other" else {"pairs": PAIRS[name]}
+        write_circuit(tmp_path / f"{name}.json", Circuit(("resid.0",), nodes, (), selection))
 
     def compute(names=tuple(CURVES), **params):
         for name, curve in CURVES.items():
@@ -109,6 +113,26 @@ def test_circuits_overlap(compare):
     assert circuits["jaccard"][first][0] == pytest.approx(1 / 3)
     both = whole & (circuits["a"] == "worse") & (circuits["b"] == "other")
     assert circuits["jaccard"][both][0] == 1
+
+
+def test_circuits_tell_how_many_pairs_are_behind_their_scores(compare):
+    circuits = compare()[0]["circuits"]
+    told = {
+        (a, b): counts
+        for a, b, *counts in zip(*(circuits[key] for key in ("a", "b", "n_a", "n_b", "n")), strict=True)
+    }
+    assert told == {
+        ("run", "worse"): [60, 48, 48],
+        ("run", "other"): [60, 0, 0],
+        ("worse", "other"): [48, 0, 0],
+    }
+    assert len(circuits["n"]) == 6
+
+
+def test_the_pairs_behind_scores_are_those_of_the_train_split(tmp_path):
+    layers = {"site": ["a", "a", "b", "b"], "split": ["train", "test"] * 2, "n": [40, 90, 40, 90]}
+    write_table(tmp_path / "layers.parquet", layers)
+    assert scored_pairs(tmp_path / "layers.parquet") == 40
 
 
 def test_names_are_those_asked_for_and_different(compare):

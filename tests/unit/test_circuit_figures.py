@@ -24,7 +24,8 @@ from circuitflow.plots.circuit_layout import ACROSS, lane_of, place
 from circuitflow.plots.circuit_marks import Drawing, chosen_how, words_of
 from circuitflow.plots.circuit_routes import curve, routes
 from circuitflow.plots.style import Style, drawing
-from circuitflow.store.tables import read_table
+from circuitflow.store.tables import read_table, write_table
+from tests.fixtures import synthetic_audit
 from tests.fixtures import synthetic_circuit as made
 
 STYLE = Style(dpi=60)
@@ -86,6 +87,27 @@ def test_the_figures_do_without_torch():
     modules = ", ".join(f"circuitflow.plots.{name}" for name in names)
     code = f"import sys, {modules}\nassert not {{'torch', 'transformers', 'zarr'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["circuit", "positions"])
+def test_the_audit_ends_the_note_of_a_circuit(name, stages, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(
+        {"circuit": plain, "positions": circuit_positions}[name],
+        "legend",
+        lambda axes, drawn, told, width, style: notes.append(told),
+    )
+    write_table(tmp_path / "audit.parquet", synthetic_audit.summary())
+    stage, inputs, params = stages[name]
+    for given in ({}, {"audit": tmp_path / "audit.parquet"}):
+        files = {kind: tmp_path / f"a.{kind}" for kind in ("png", "svg")}
+        stage({**inputs, **given}, {"style": {"dpi": 60}, **params}, Output(tmp_path, files, {"stage": name}))
+    without, told = notes
+    assert "Audit" not in without
+    assert told.startswith(
+        f"{without} Audit: nodes, 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %); "
+    )
+    assert told.endswith("on 16 test pairs.")
 
 
 def columns_of(value: Circuit) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,95 @@ def test_a_mib_circuit_in_and_out_is_the_same_file(tmp_path):
     write_circuit(tmp_path / "ours.json", read_mib(source))
     write_mib(tmp_path / "b.json", read_circuit(tmp_path / "ours.json"))
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads(source.read_text())
+
+
+def changed_mib(path, neurons=False, nodes=None, edges=None):
+    """A MIB file that was read, whose nodes or edges were changed, and that was written again; and the file."""
+    source = mib_file(path / "a.json", neurons)
+    before = read_mib(source)
+    after = replace(
+        before,
+        nodes=tuple(nodes(before.nodes)) if nodes else before.nodes,
+        edges=tuple(edges(before.edges)) if edges else before.edges,
+    )
+    write_circuit(path / "ours.json", after)
+    write_mib(path / "b.json", read_circuit(path / "ours.json"))
+    return json.loads(source.read_text()), json.loads((path / "b.json").read_text())
+
+
+def test_changed_nodes_and_edges_are_written(tmp_path):
+    """A new score of one, a whole component more, an edge less, one more, one of another weight."""
+
+    def nodes(found):
+        kept = [replace(node, score=-3.0) if node.id == "embed/error" else node for node in found]
+        return [*kept, Node("mlp.0", "error", -1, 0.125)]
+
+    def edges(found):
+        (last,) = (edge for edge in found if edge.down == METRIC)
+        return [replace(last, weight=7.0), Edge("embed/error", "mlp.0/error", 2.0)]
+
+    old, new = changed_mib(tmp_path, nodes=nodes, edges=edges)
+    expected = json.loads(json.dumps(old))
+    expected["nodes"]["input"]["score"] = -3.0
+    expected["nodes"]["m0"] = {"in_graph": True, "score": 0.125}
+    expected["edges"]["m1->logits"] = {"score": 7.0, "in_graph": True}
+    expected["edges"]["input->m0"] = {"score": 2.0, "in_graph": True}
+    expected["edges"]["input->m1"] = {"score": 0.25, "in_graph": False}
+    assert new == expected
+
+
+def test_a_component_that_left_takes_its_edges_along(tmp_path):
+    """Scores stay: the file knows them of components outside, too."""
+    old, new = changed_mib(
+        tmp_path,
+        nodes=lambda found: [node for node in found if node.site != "z.0"],
+    )
+    expected = json.loads(json.dumps(old))
+    expected["nodes"]["a0.h1"]["in_graph"] = False
+    expected["edges"]["input->a0.h1<q>"]["in_graph"] = False
+    assert new == expected
+
+
+def test_changed_neurons_keep_what_the_file_says_of_the_others(tmp_path):
+    def nodes(found):
+        return [
+            replace(node, score=9.0) if node.id == "mlp.1/0" else node
+            for node in found
+            if node.id != "mlp.1/2"
+        ]
+
+    old, new = changed_mib(tmp_path, neurons=True, nodes=nodes)
+    assert new["nodes"]["m1"] == {
+        "in_graph": True,
+        "score": 0.5,
+        "neurons": [True, False, False, False],
+        "neurons_scores": [9.0, 0.0, -2.0, 0.0],
+    }
+    assert new["edges"] == old["edges"]
+    (tmp_path / "whole").mkdir()
+    whole = [Node("mlp.1", "error", -1, 4.0)]
+    _, new = changed_mib(
+        tmp_path / "whole",
+        neurons=True,
+        nodes=lambda found: [*(node for node in found if node.site != "mlp.1"), *whole],
+    )
+    assert new["nodes"]["m1"] == {"in_graph": True, "score": 4.0}
+
+
+def test_a_change_that_contradicts_the_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"input->a0\.h1 was added to a circuit whose MIB file already tells"):
+        changed_mib(tmp_path, edges=lambda found: [*found, Edge("embed/error", "z.0/2", 1.0)])
+    with pytest.raises(UserError, match="whole heads"):
+        changed_mib(tmp_path, nodes=lambda found: [node for node in found if node.id != "z.0/2"])
+    with pytest.raises(UserError, match="input does not read m1"):
+        changed_mib(tmp_path, edges=lambda found: [*found, Edge("mlp.1/error", "embed/error", 1.0)])
+    with pytest.raises(UserError, match="no counterpart"):
+        changed_mib(tmp_path, nodes=lambda found: [*found, Node("resid.0", "error", -1, 1.0)])
+    assert not (tmp_path / "b.json").exists()
+    circuit = read_mib(tmp_path / "a.json")
+    write_mib(tmp_path / "b.json", circuit, SHAPE)
+    with pytest.raises(UserError, match="was read from a MIB file of"):
+        write_mib(tmp_path / "c.json", circuit, replace(SHAPE, n_layers=3))
 
 
 def test_what_components_become(tmp_path):

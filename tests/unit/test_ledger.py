@@ -133,6 +133,23 @@ def test_nothing_missing_runs_nothing(objects):
     assert looked_up(["a", "a"], run, ledger, objects).tolist() == [[1], [1]]
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["a", "b", "b"], ["1 of 2 results are known from before"]),
+        (["a", "a"], ["1 of 1 results are known from before"]),
+        (["b", "b", "c"], []),
+    ],
+)
+def test_the_log_counts_different_experiments(objects, monkeypatch, keys, said):
+    told = []
+    monkeypatch.setattr(measuring.logger, "info", lambda text, *numbers: told.append(text % numbers))
+    ledger = open_ledger(objects, RECIPE)
+    ledger.add(["a"], np.array([[1.0]]))
+    looked_up(keys, lambda missing, _: np.ones((len(missing), 1)), ledger, objects)
+    assert told == said
+
+
 def test_a_stages_ledger_depends_on_what_decides_m_and_on_nothing_else(objects, monkeypatch):
     monkeypatch.setattr(measuring, "code_digest", lambda path: "code")
     params = {"sites": ["embed"], "metric": {}, "ablation": "mean", "pairs": 4, "seed": 0, "counts": [1]}

@@ -18,6 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from circuitflow.circuits.circuit import METRIC, Circuit, Edge, Node, read_circuit
+from circuitflow.data.proportions import wilson
 from circuitflow.errors import UserError
 from circuitflow.features.descriptions import read_descriptions
 from circuitflow.plots import (
@@ -41,7 +42,7 @@ from circuitflow.plots.style import (
     text_width,
     wrapped,
 )
-from circuitflow.plots.tables import in_depth_order, rows, top_nodes, wilson
+from circuitflow.plots.tables import in_depth_order, rows, top_nodes
 from circuitflow.store.tables import read_table
 from tests.fixtures.synthetic_page import PLOTS, plot
 from tests.fixtures.synthetic_run import SITES, Run, write_run
@@ -84,14 +85,19 @@ def test_equal_work_gives_equal_bytes(name, run, tmp_path):
 def test_bytes_do_not_depend_on_the_process_or_on_the_readers_settings(run, tmp_path):
     here = plot("circuit", run, tmp_path / "here")
     (tmp_path / "matplotlibrc").write_text("font.size: 30\nlines.linewidth: 9\nsvg.fonttype: none\n")
-    inputs = {"circuit": str(run.circuit), "features": [str(file) for file in run.features]}
+    inputs = {
+        "circuit": str(run.circuit),
+        "audit": str(run.audit),
+        "features": [str(file) for file in run.features],
+    }
     code = f"""
 from pathlib import Path
 from circuitflow.jobs import Output
 from circuitflow.plots.circuit import plot_circuit
 
 given = {inputs!r}
-inputs = {{"circuit": Path(given["circuit"]), "features": [Path(file) for file in given["features"]]}}
+inputs = {{name: Path(given[name]) for name in ("circuit", "audit")}}
+inputs["features"] = [Path(file) for file in given["features"]]
 files = {{kind: Path({str(tmp_path)!r}) / f"circuit.{{kind}}" for kind in ("png", "svg")}}
 out = Output(Path("."), files, {{"stage": "plot_circuit"}})
 plot_circuit(inputs, {{"style": {{"dpi": 60}}, "max_edges": 100}}, out)

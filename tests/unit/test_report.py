@@ -144,6 +144,35 @@ def test_sentences_are_computed_from_the_tables(result):
     assert "10\u202f% to 19\u202f% of the variance" in said
 
 
+def under_the_circuit(text):
+    """The audit's sentences of a page, between the circuit's figure and the next."""
+    between = text.split('<figure id="figure-circuit">')[1].split("</figure>", 1)[1].split("<figure")[0]
+    return re.findall(r"<li>(.*?)</li>", between)
+
+
+def test_the_audit_stands_under_the_circuit(run, page, tmp_path):
+    said = under_the_circuit(page)
+    assert said[0] == (
+        "Nodes: 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %); 61 of 2\u202f339 outside and 54 of 58 "
+        "in the circuit patched alone, on 16 test pairs."
+    )
+    assert said[1].startswith(
+        "Edges: 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %); 60 of 6\u202f650"
+    )
+    assert said[2].startswith(
+        "Conservation: a node&#39;s edges sum to its score up to 3.0e−08 logits at worst"
+    )
+    assert len(said) == 3
+    table = read_table(run.audit)
+    outside = (table["side"] == "outside") & (table["stratum"] == "all")
+    table["share"] = np.where(outside & (table["what"] == "nodes"), 0.4, table["share"])
+    table["share"] = np.where(outside & (table["what"] == "edges"), np.nan, table["share"])
+    write_table(tmp_path / "audit.parquet", table, read_provenance(run.audit))
+    changed = under_the_circuit(rebuilt(run, tmp_path, audit=tmp_path / "audit.parquet"))
+    assert changed[0].startswith("Nodes: 40\u202f% of")
+    assert [one.partition(":")[0] for one in changed] == ["Nodes", "Conservation"]
+
+
 def test_sentences_follow_a_change_of_the_numbers(run, result, tmp_path):
     table = read_table(run.faithfulness)
     table["F"] = np.where(table["series"] == "circuit", 0.3, table["F"])
@@ -321,6 +350,7 @@ def test_provenance_names_every_artefact(run, page):
         "assemble_circuit",
         "evaluate_circuit",
         "describe_features",
+        "audit_circuit",
     ):
         assert stage in words
     content = json.loads(run.circuit.read_text())["content"]

@@ -1,4 +1,4 @@
-"""A copy of the repository in which the tiny configuration has run, and a way to ask what would run again."""
+"""Copies of the repository in which the tiny configuration has run, and a way to ask what would run again."""
 
 import os
 import re
@@ -24,6 +24,45 @@ COPIED = (
     "envs",
     "configs",
 )
+EXPERIMENTS = ("faithfulness", "error_nodes", "validation", "compare", "effects")
+"""Targets beside the default one that only collect files."""
+
+FEWER = {
+    "sites: [resid.0, resid.1, resid.2]": "sites: [resid.0, resid.1]",
+    "overlap_at: [5, 20]": "overlap_at: [5], compare: [atp, exact], budget: 8, bootstrap: 50",
+    "edges: {pool: 12}": "edges: {pool: 8, draws: 5}",
+    "nodes: {top: 20}": "nodes: {top: 10}",
+    "edges: {top: 40}": "edges: {top: 20}\n  stability: 20",
+    "counts: [1, 5, 20, 50, 100]": """counts: [2, 10]
+  shares: [0.1, 1.0]
+  further_ablations: [zero]
+  errors: [removed]
+  edges: {counts: [4, 8], random_counts: [4], random_draws: 2, pairs: 4}""",
+    "random_counts: [5, 20]": "random_counts: [5]",
+    "random_draws: 20": "random_draws: 2",
+    "pairs: 16": "pairs: 4",
+    "bootstrap: 200": "bootstrap: 50",
+    "features: {top: 5": """error_nodes:
+  widths: [1]
+  thresholds: [0.1]
+  positions: false
+  baselines: [top-1]
+  restore_top: [1, 3]
+  restore_width: 1
+  heatmap_top: 3
+  ridge: 0.001
+  rows: 1000
+audit: {nodes: 12, edges: 8, pairs: 4, bootstrap: 50}
+comparison:
+  contenders: [{name: neurons, dictionaries: {kind: identity}}]
+  counts: [5, 20]
+  shares: [0.1, 1.0]
+  size: 10
+effects: {top: 10, multiples: [0.0, 2.0], pairs: 4, tokens: 3}
+features: {top: 2""",
+}
+"""What the experiments' run has less of than the tiny configuration, and its settings of the experiments."""
+
 STATS_ROW = re.compile(r"^(\w+)\s+(\d+)$", re.MULTILINE)
 
 
@@ -54,10 +93,10 @@ class Clone:
         )
 
     def planned(self, *arguments: str) -> dict[str, int]:
-        """Jobs by rule that a run would do now, ``all`` left out."""
+        """Jobs by rule that a run would do now; ``all`` and targets of experiments left out."""
         output = self.snakemake("-n", "--quiet", "rules", *arguments).stdout
         jobs = {name: int(count) for name, count in STATS_ROW.findall(output)}
-        return {name: count for name, count in jobs.items() if name not in ("all", "total")}
+        return {name: count for name, count in jobs.items() if name not in ("all", "total", *EXPERIMENTS)}
 
     def environment(self) -> dict[str, str]:
         """The copy's library comes before an installed one."""
@@ -95,4 +134,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A copy in which the tiny configuration has run to its end. Tests leave it as they found it."""
     clone = copy_repository(tmp_path_factory.mktemp("finished"))
     clone.snakemake()
+    return clone
+
+
+@pytest.fixture(scope="session")
+def experimented(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy in which the default target and every experiment have run, smaller than the tiny configuration.
+
+    Tests leave it as they found it.
+    """
+    clone = copy_repository(tmp_path_factory.mktemp("experimented"))
+    text = clone.config.read_text(encoding="utf-8")
+    for old, new in FEWER.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    clone.config.write_text(text, encoding="utf-8")
+    clone.snakemake("--", "all", *EXPERIMENTS)
     return clone

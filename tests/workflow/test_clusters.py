@@ -25,12 +25,15 @@ PAGES = [f"results/tiny/text/cluster-{number}/topk-8/report.html" for number in 
 OF_ONE_TASK = {
     "cache_gradients": 2,
     "score_nodes": SITES,
+    "cache_means": SITES,
     "rank_features": 1,
     "score_edges": SITES,  # into the second site, and into the metric
     "describe_features": SITES,
     "assemble_circuit": 1,
     "circuit_stability": 1,
     "evaluate_circuit": 1,
+    "audit_circuit": 1,
+    "plot_audit": 1,
     "plot_task_accuracy": 1,
     "plot_layer_importance": 1,
     "plot_agreement": 1,

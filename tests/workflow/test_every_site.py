@@ -84,6 +84,6 @@ def test_gemma_2_with_gemma_scope_runs_from_end_to_end_by_position(tmp_path: Pat
     assert len(np.unique(curve["m_circuit"])) > 4
     agreement = read_table(folder / "methods" / "agreement.parquet")
     assert set(agreement["method"]) == {"ig"}
-    for figure in ("circuit", "circuit_positions", "stability", "faithfulness", "methods"):
+    for figure in ("circuit", "audit", "circuit_positions", "stability", "faithfulness", "methods"):
         assert (folder / "figures" / f"{figure}.png").stat().st_size > 5000
     assert clone.planned("--", "all", "methods") == {}

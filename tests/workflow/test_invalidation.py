@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 
 from circuitflow.store.objects import read_manifest
-from tests.workflow.conftest import Clone
+from tests.workflow.conftest import EXPERIMENTS, Clone
 
 SITES = 3
 FIGURES = {
     f"plot_{name}": 1
     for name in (
         "task_accuracy", "training_curves", "layer_importance", "agreement", "top_features", "faithfulness", "circuit",
-        "circuit_positions", "stability",
+        "circuit_positions", "stability", "audit",
     )
 }  # fmt: skip
 PAGE = {"build_report": 1}
 CIRCUIT = {
     "assemble_circuit": 1,
+    "audit_circuit": 1,
+    "plot_audit": 1,
     "plot_circuit": 1,
     "plot_circuit_positions": 1,
     "circuit_stability": 1,
@@ -42,10 +44,11 @@ AFTER_METHOD = AFTER_SCORES | {"cache_method_gradients": 2}
 AFTER_DICTIONARIES = AFTER_SCORES | {
     "train_dictionary": SITES,
     "measure_dictionary": SITES,
+    "cache_means": SITES,
     "plot_training_curves": 1,
 }
 AFTER_HARVEST = AFTER_DICTIONARIES | {"cache_activations": 1}
-AFTER_GRADIENTS = AFTER_SCORES | {"cache_gradients": 2}
+AFTER_GRADIENTS = AFTER_SCORES | {"cache_gradients": 2, "cache_means": SITES}
 AFTER_PAIRS = (
     AFTER_GRADIENTS
     | AFTER_HARVEST
@@ -60,6 +63,7 @@ AFTER_PAIRS = (
 ONE_DICTIONARY = AFTER_RANKING | {
     "train_dictionary": 1,
     "measure_dictionary": 1,
+    "cache_means": 1,
     "score_nodes": 1,
     "score_edges": 2,
     "plot_training_curves": 1,
@@ -88,7 +92,8 @@ CONFIG_EDITS = {
         AFTER_HARVEST
         | AFTER_GRADIENTS
         | dict.fromkeys(
-            ("train_dictionary", "measure_dictionary", "score_nodes", "describe_features"), SITES + 1
+            ("train_dictionary", "measure_dictionary", "cache_means", "score_nodes", "describe_features"),
+            SITES + 1,
         )
         | {"score_edges": SITES + 1},
     ),
@@ -186,6 +191,66 @@ def test_an_edit_of_the_code(finished: Clone, name: str) -> None:
         assert finished.planned() == expected
 
 
+# The page shows the configuration, so it is written again after every edit of that.
+CONDITIONS = {"evaluate_conditions": 1, "plot_faithfulness_conditions": 1}
+ABLATED_ERRORS = {
+    "ablate_error_nodes": 1,
+    **{f"plot_error_{name}": 1 for name in ("ablation", "restoration", "heatmap", "windows", "baselines")},
+}
+AUDIT = {"audit_circuit": 1, "plot_audit": 1, "plot_circuit": 1, "plot_circuit_positions": 1}
+CONTENDERS = 2
+BUDGETS = {"evaluate_budget": CONTENDERS, "compare_budgets": 1, "plot_budgets": 1}
+EFFECTS = {"measure_effects": 1, "plot_effects": 1}
+EXPERIMENT_EDITS = {
+    "another ablation": (
+        "run.yaml",
+        "further_ablations: [zero]",
+        "further_ablations: [zero, patched]",
+        CONDITIONS,
+    ),
+    "another number of restored features": (
+        "run.yaml",
+        "restore_top: [1, 3]",
+        "restore_top: [1, 2, 3]",
+        ABLATED_ERRORS,
+    ),
+    "the penalty of the prediction of errors": (
+        "run.yaml",
+        "ridge: 0.001",
+        "ridge: 0.01",
+        {"decompose_errors": 1, "plot_error_decomposition": 1},
+    ),
+    "nodes of the audit": ("run.yaml", "audit: {nodes: 12", "audit: {nodes: 14", AUDIT),
+    "another budget": ("run.yaml", "counts: [5, 20]", "counts: [5, 20, 40]", BUDGETS),
+    "features with a response curve": ("run.yaml", "effects: {top: 10", "effects: {top: 7", EFFECTS),
+    "a line in the engine that replaces nodes": (
+        "circuitflow/circuits/ablation.py",
+        "import torch\n",
+        "import torch\n\nUNUSED = 1\n",
+        FAITHFULNESS
+        | CONDITIONS
+        | ABLATED_ERRORS
+        | BUDGETS
+        | EFFECTS
+        | {"plot_outliers": 1, "evaluate_edges": 1, "plot_edge_faithfulness": 1},
+    ),
+    "a line in the figure of the audit": (
+        "circuitflow/plots/audit.py",
+        "import numpy as np\n",
+        "import numpy as np\n\nUNUSED = 1\n",
+        {"plot_audit": 1, "plot_circuit": 1, "plot_circuit_positions": 1},  # which quote it
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENT_EDITS)
+def test_an_edit_that_concerns_experiments(experimented: Clone, name: str) -> None:
+    file, old, new, expected = EXPERIMENT_EDITS[name]
+    with experimented.edited(file, old, new):
+        assert experimented.planned("--", "all", *EXPERIMENTS) == expected | PAGE
+
+
 @pytest.mark.slow
 def test_a_finished_run_has_nothing_to_do(finished: Clone) -> None:
     assert "Nothing to be done" in finished.snakemake("-n").stdout
@@ -233,10 +298,12 @@ def test_going_to_other_settings_and_back_computes_nothing_again(finished: Clone
     back = finished.snakemake()
     output = back.stdout + back.stderr
     assert digests(results) == before
-    for rule in ("train_dictionary", "measure_dictionary", "score_nodes", "score_edges", "evaluate_circuit"):
+    of_sites = ("train_dictionary", "measure_dictionary", "cache_means", "score_nodes", "describe_features")
+    of_all = ("evaluate_circuit", "audit_circuit")
+    for rule in (*of_sites, "score_edges", *of_all):
         assert f"{rule}" in output
     kept = output.count("kept from an earlier run")
-    assert kept == 3 * SITES + SITES + 1 + SITES, output
+    assert kept == len(of_sites) * SITES + SITES + len(of_all), output
 
 
 @pytest.mark.slow

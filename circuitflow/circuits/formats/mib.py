@@ -7,14 +7,16 @@ reach ("input->a0.h1<q>"). Nodes are "input" (the site embed), "a{L}.h{H}" (a he
 and "m{L}" alone.
 
 In circuitflow a whole component is the error node of a site without dictionary (kind none), coordinates are features of
-an identity dictionary. A circuit that was read carries the file under ``selection["mib"]`` and is written back equal.
+an identity dictionary. A circuit that was read carries the file under ``selection["mib"]``: written as it is, it gives
+the same file; of a circuit that was changed, nodes and edges are written as they are now, and the file is asked for
+nothing but what a circuit of ours cannot hold (scores outside of the circuit, edges that touch heads or neurons).
 """
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +90,37 @@ def read_mib(path: Path, d_head: int | None = None) -> Circuit:
         raise UserError(
             f"MIB circuit {path} says nothing of {missing[0]} in its cfg; it needs {', '.join(KEYS)}."
         )
-    shape = Shape(
-        int(cfg["n_layers"]),
-        int(cfg["n_heads"]),
-        int(cfg["d_model"]),
-        d_head or int(cfg["d_model"]) // int(cfg["n_heads"]),
-        bool(cfg["parallel_attn_mlp"]),
-    )
+    shape = shape_of_cfg(cfg, d_head)
     known = {*shape.components(), "logits"}
     if unknown := sorted(set(value["nodes"]) - known):
         raise UserError(
             f"MIB circuit {path} names a node '{unknown[0]}' that a model of its cfg does not have."
         )
+    nodes, edges = held(value, shape, path)
+    sites = sorted(
+        {_site(name) for name in shape.components()}, key=lambda site: depth_order(parse_site(site))
+    )
+    return Circuit(
+        tuple(sites),
+        nodes,
+        edges,
+        {"mib": {"cfg": dict(cfg), "nodes": value["nodes"], "edges": value["edges"]}, "d_head": shape.d_head},
+        CONVENTIONS,
+        {"format": "mib"},
+    )
+
+
+def shape_of_cfg(cfg: Mapping[str, Any], d_head: int | None = None) -> Shape:
+    """The shape that a file's ``cfg`` tells; ``d_head`` where it is not d_model / n_heads."""
+    layers, heads, width = (int(cfg[key]) for key in ("n_layers", "n_heads", "d_model"))
+    return Shape(layers, heads, width, d_head or width // heads, bool(cfg["parallel_attn_mlp"]))
+
+
+def held(value: Mapping[str, Any], shape: Shape, path: Path) -> tuple[tuple[Node, ...], tuple[Edge, ...]]:
+    """The nodes and edges of a file's ``nodes`` and ``edges`` that a circuit of ours can hold.
+
+    :raises UserError: they do not fit the shape.
+    """
     nodes = [
         node
         for name, told in value["nodes"].items()
@@ -107,31 +128,30 @@ def read_mib(path: Path, d_head: int | None = None) -> Circuit:
         for node in _nodes(name, told, shape, path)
     ]
     nodes.sort(key=lambda node: (depth_order(parse_site(node.site)), -abs(node.score), node.feature))
-    sites = sorted(
-        {_site(name) for name in shape.components()}, key=lambda site: depth_order(parse_site(site))
-    )
-    return Circuit(
-        tuple(sites),
-        tuple(nodes),
-        tuple(_edges(value["edges"], {node.id for node in nodes}, known, path)),
-        {"mib": {"cfg": dict(cfg), "nodes": value["nodes"], "edges": value["edges"]}, "d_head": shape.d_head},
-        CONVENTIONS,
-        {"format": "mib"},
-    )
+    known = {*shape.components(), "logits"}
+    return tuple(nodes), tuple(_edges(value["edges"], {node.id for node in nodes}, known, path))
 
 
 def write_mib(path: Path, circuit: Circuit, shape: Shape | None = None) -> None:
     """Write a circuit of whole components, or of coordinates of embed and mlp sites, for the benchmark.
 
-    A circuit that :func:`read_mib` made is written as it was. An edge of ours into a head is one into each of its
-    inputs; without edges, all between the circuit's components are in.
+    An edge of ours into a head is one into each of its inputs; without edges, all between the circuit's components are
+    in. For a circuit that :func:`read_mib` made see :func:`circuitflow.circuits.formats.mib_edits.revised`.
 
-    :raises UserError: a node has no counterpart there (a dictionary's feature, part of a head, another site, a
-    position).
+    :raises UserError: a node or edge has no counterpart there (a dictionary's feature, part of a head, another site, a
+    position), or contradicts what the file says.
     """
+    from circuitflow.circuits.formats.mib_edits import revised
+
     kept = circuit.selection.get("mib")
     if kept is not None:
-        write_json(path, json.loads(json.dumps(kept)))
+        known = shape_of_cfg(kept["cfg"], circuit.selection.get("d_head"))
+        if shape not in (None, known):
+            raise UserError(
+                f"The circuit was read from a MIB file of {known}, and the model named is {shape}; "
+                "name no model, or the file's own."
+            )
+        write_json(path, revised(kept, circuit, known, path))
         return
     if shape is None:
         raise UserError(
@@ -141,30 +161,60 @@ def write_mib(path: Path, circuit: Circuit, shape: Shape | None = None) -> None:
 
 
 def _described(circuit: Circuit, shape: Shape) -> dict[str, Any]:
-    inside: dict[str, list[Node]] = {}
-    for node in circuit.nodes:
-        for name in _components(node, shape):
-            inside.setdefault(name, []).append(node)
-    nodes: dict[str, Any] = {name: _told(name, inside.get(name, []), shape) for name in shape.components()}
+    inside = by_component(circuit.nodes, shape)
+    nodes: dict[str, Any] = {name: told_of(name, inside.get(name, []), shape) for name in shape.components()}
     nodes["logits"] = {"in_graph": True}
-    weights: dict[tuple[str, str], float] = {}
-    owners = {node.id: _components(node, shape) for node in circuit.nodes} | {METRIC: ["logits"]}
-    for edge in circuit.edges:
-        for up in owners[edge.up]:
-            for down in owners[edge.down]:
-                part = edge.weight / len(owners[edge.up]) / len(owners[edge.down])
-                weights[up, down] = weights.get((up, down), 0.0) + part
+    weights = between_components(circuit.nodes, circuit.edges, shape)
     edges = {}
     for up, down in shape.edges():
         present = up in inside and (down in inside or down == "logits")
         told = {"score": weights.get((up, down), 0.0)}
         told["in_graph"] = (up, down) in weights if circuit.edges else present
-        for name in [f"{up}->{down}<{letter}>" for letter in INPUTS] if down[0] == "a" else [f"{up}->{down}"]:
+        for name in names_of(up, down):
             edges[name] = dict(told)
     return {"nodes": nodes, "edges": edges}
 
 
-def _told(name: str, nodes: list[Node], shape: Shape) -> dict[str, Any]:
+def names_of(up: str, down: str) -> list[str]:
+    """What the file calls an edge; one into a head has an entry for each of its inputs."""
+    return [f"{up}->{down}<{letter}>" for letter in INPUTS] if down[0] == "a" else [f"{up}->{down}"]
+
+
+def by_component(nodes: Sequence[Node], shape: Shape) -> dict[str, list[Node]]:
+    """Nodes by the components that they stand for.
+
+    :raises UserError: a node has no counterpart in a file.
+    """
+    inside: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in _components(node, shape):
+            inside.setdefault(name, []).append(node)
+    return inside
+
+
+def between_components(
+    nodes: Sequence[Node], edges: Sequence[Edge], shape: Shape
+) -> dict[tuple[str, str], float]:
+    """Summed weights of edges by the components that they join.
+
+    :raises UserError: an edge joins two of which the second does not read the first.
+    """
+    weights: dict[tuple[str, str], float] = {}
+    possible = set(shape.edges())
+    owners = {node.id: _components(node, shape) for node in nodes} | {METRIC: ["logits"]}
+    for edge in edges:
+        for up, down in product(owners[edge.up], owners[edge.down]):
+            if (up, down) not in possible:
+                raise UserError(
+                    f"Edge {edge.up} → {edge.down} has no counterpart in a MIB circuit, where {down} does not "
+                    f"read {up}."
+                )
+            part = edge.weight / len(owners[edge.up]) / len(owners[edge.down])
+            weights[up, down] = weights.get((up, down), 0.0) + part
+    return weights
+
+
+def told_of(name: str, nodes: Sequence[Node], shape: Shape) -> dict[str, Any]:
     """What the file says of one component."""
     told: dict[str, Any] = {"in_graph": bool(nodes)}
     if nodes:
