@@ -28,13 +28,20 @@ os.environ.update(CIRCUITFLOW_RECOMPUTE=CFG.recompute, OPENBLAS_NUM_THREADS="1")
 
 # In this order: later files use names of earlier ones.
 for family in """
-    common model data dictionaries attribution methods clusters circuits means
+    common parameters model data dictionaries attribution methods clusters circuits means
     faithfulness faithfulness_figures error_nodes error_node_figures validation comparison effects
     features figures circuit_figures report study study_figures variant_figures
     requests
 """.split():
 
     include: f"rules/{family}.smk"
+
+
+# Snakemake compares the parameters' values without their names, and so would miss
+# some edits: an 8 that becomes a 4 where another parameter was 8 and a third is 4.
+for each in workflow.rules:
+    if each.params:
+        each.set_params(named=named_values(dict(each.params.items())))
 
 
 onstart:

@@ -28,7 +28,6 @@ OF_TASK = {
     "figures",
     "compare",
 }
-GRADIENT_METHODS = ("atp", "ig", "relp")
 UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "text", "bundled", "files", "task"}
 
 
@@ -182,15 +181,6 @@ def _check_contenders(config: Config) -> None:
         except ValidationError as error:
             where = ["comparison", "contenders", str(number), "dictionaries"]
             raise UserError(_sentence(error, where)) from None
-        if (
-            found[len(config.sites) :]
-            and not contender.method
-            and config.scores.method not in GRADIENT_METHODS
-        ):
-            raise UserError(
-                f"Key comparison.contenders.{number}.method is missing: {config.scores.method} scores the run's own "
-                f"dictionaries alone; name one of {', '.join(GRADIENT_METHODS)}."
-            )
         for _, site, settings in found[len(config.sites) :]:
             _check_dictionary(settings, f"contender {contender.name} at {site}")
 

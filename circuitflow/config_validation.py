@@ -32,7 +32,7 @@ class Contender(Section):
     name: Name
     """In tables and figures; also the folder of its dictionaries, if it has its own."""
     method: Literal["atp", "ig", "relp"] | None = None
-    """Node method; null: the run's."""
+    """Node method; null: the run's (atp for other dictionaries, where the run's scores its own alone)."""
     dictionaries: dict[str, Any] = {}
     """Keys of dictionaries that differ, e.g. {kind: identity} for neurons, {seed: 1} or {kind: jumprelu}."""
 

@@ -135,6 +135,7 @@ def _recipe(job: Any, arrays: Mapping[str, Arrays]) -> tuple[Recipe, Inputs]:
     }
     params = json.loads(canonical_json(dict(job.params.items())))
     code = params.pop("code")
+    params.pop("named", None)  # made of the others, for Snakemake
     return Recipe(job.rule, params, contents, code), inputs
 
 

@@ -6,7 +6,6 @@ from circuitflow.dictionaries.formats.places import local_files
 from circuitflow.dictionaries.settings import used_settings
 from circuitflow.models.fetching import local_files as model_files
 from circuitflow.models.sites import depth_order, parse_site
-from circuitflow.provenance import code_digest
 
 MODEL = f"results/{CFG.model.name}"
 BASE = f"{MODEL}/{CFG.task.name}"
@@ -74,11 +73,6 @@ wildcard_constraints:
     method="atp|ig|relp|exact|decoder_only|sae_in_loop",
     split="train|test",
     variant="|".join(map(re.escape, VARIANTS)) or "none",
-
-
-def task_style(wildcards):
-    """The look of a task's figures, which say what they are of."""
-    return STYLE | {"subject": f"{CFG.model.name} · {wildcards.task}"}
 
 
 def named_files(patterns):
@@ -155,11 +149,6 @@ def downstream_end(wildcards):
         "dictionary_down": f"{TRAINED}/{wildcards.down}.json",
         "scores_down": scores.format(task=wildcards.task),
     }
-
-
-def code(rule):
-    """Digest of a rule's script and of the library it imports: what makes a code edit re-run the rule."""
-    return code_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py")
 
 
 MODEL_FILES = [str(file) for file in model_files(CFG.model.source.model_dump())]

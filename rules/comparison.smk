@@ -4,7 +4,9 @@ RUN = "run"
 CONTENDERS = {RUN: (CFG.dictionaries.name, METHOD)} | {
     one.name: (
         f"compare/{one.name}" if one.dictionaries else CFG.dictionaries.name,
-        one.method or METHOD,
+        one.method
+        # Other dictionaries are scored from gradients.
+        or (METHOD if not one.dictionaries or METHOD in ("ig", "relp") else "atp"),
     )
     for one in CFG.comparison.contenders
 }

@@ -34,7 +34,7 @@ def job(rule: str = "some_stage", **changes: Any) -> SimpleNamespace:
         "rule": rule,
         "input": Items(text="input.txt"),
         "output": Items(table="results/m/table.parquet"),
-        "params": Items(k=3, code="c0de"),
+        "params": Items(k=3, code="c0de", named="of the others"),
         "wildcards": Items(),
         "log": [f"logs/{rule}.log"],
     }

@@ -222,6 +222,8 @@ EXPERIMENT_EDITS = {
     ),
     "nodes of the audit": ("run.yaml", "audit: {nodes: 12", "audit: {nodes: 14", AUDIT),
     "another budget": ("run.yaml", "counts: [5, 20]", "counts: [5, 20, 40]", BUDGETS),
+    # Snakemake itself compares values without their names.
+    "two values of one rule exchanged": ("run.yaml", "pairs: 4, tokens: 3", "pairs: 3, tokens: 4", EFFECTS),
     "features with a response curve": ("run.yaml", "effects: {top: 10", "effects: {top: 7", EFFECTS),
     "a line in the engine that replaces nodes": (
         "circuitflow/circuits/ablation.py",
