@@ -22,8 +22,10 @@ SHIFT = {
     ("error", "train"): 0.06,
     ("error", "test"): 0.18,
 }
+BESIDE = 8
+"""Sites up to which the panels stand side by side."""
 NOTE = (
-    "Left: Σ of the nodes' indirect effects; IE > 0 supports the clean answer. Right: Σ of their sizes, "
+    "{first}: Σ of the nodes' indirect effects; IE > 0 supports the clean answer. {second}: Σ of their sizes, "
     "which does not cancel. Bars: 95 % bootstrap intervals over pairs. n = {n}."
 )
 
@@ -42,16 +44,21 @@ def plot_layer_importance(inputs: Mapping[str, Path], params: Mapping[str, Any],
 def draw(layers: Table, style: Style, unit: str = "logits") -> Figure:
     """The figure, from the table of layers."""
     sites = in_depth_order(layers["site"])
-    figure = new_figure(max(7.2, 2.4 + 0.9 * len(sites)), 3.3)
-    left, right = figure.subplots(1, 2)
-    _panel(left, layers, sites, "", style)
-    _panel(right, layers, sites, "_abs", style)
-    left.axhline(0, color=style.palette.muted, linewidth=0.8)
-    left.set(title="Effect through each site", ylabel=f"Σ IE ({unit})")
-    right.set(title="Size of the effects", ylabel=f"Σ |IE| ({unit})")
-    right.set_ylim(bottom=0)
+    beside = len(sites) <= BESIDE
+    figure = new_figure(
+        *((max(7.2, 2.4 + 0.9 * len(sites)), 3.3) if beside else (1.6 + 0.32 * len(sites), 6))
+    )
+    total, size = figure.subplots(*((1, 2) if beside else (2, 1)))
+    _panel(total, layers, sites, "", style)
+    _panel(size, layers, sites, "_abs", style)
+    total.set(title="Effect through each site", ylabel=f"Σ IE ({unit})")
+    size.set(title="Size of the effects", ylabel=f"Σ |IE| ({unit})")
+    size.set_ylim(bottom=-0.03 * size.get_ylim()[1])  # markers at 0 stay whole
+    for axes in (total, size):
+        axes.axhline(0, color=style.palette.muted, linewidth=0.8)
     figure.legend(handles=_legend(style), loc="outside upper right", ncols=4, handletextpad=0.3)
-    footnote(figure, NOTE.format(n=_counts(layers)), style)
+    first, second = ("Left", "Right") if beside else ("Above", "Below")
+    footnote(figure, NOTE.format(first=first, second=second, n=_counts(layers)), style)
     return figure
 
 
@@ -73,7 +80,9 @@ def _panel(axes: Axes, table: Table, sites: Sequence[str], suffix: str, style: S
             elinewidth=1,
             capsize=2,
         )
-    axes.set_xticks(range(len(sites)), sites, rotation=0 if len(sites) <= 6 else 45)
+    axes.set_xticks(
+        range(len(sites)), sites, rotation=0 if len(sites) <= 6 else 45 if len(sites) <= BESIDE else 90
+    )
     axes.set_xlim(-0.6, len(sites) - 0.4)
     grid(axes)
 
