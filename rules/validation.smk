@@ -14,22 +14,19 @@ VALIDATED = [
     for method in dict.fromkeys([METHOD, *CFG.scores.compare])
     if method not in ("exact", "decoder_only")
 ]
-
-
-def validated_tables():
-    """Score tables of every method that is validated, and of exact patching."""
-    return {
-        f"{name}_{method}": [
-            f"{SET}/scores/{method}/{site}{ending}.parquet" for site in SITES
-        ]
-        for method in (*VALIDATED, "exact")
-        for name, ending in (("scores", ""), ("pairs", ".pairs"))
-    }
+# Score tables of every method that is validated, and of exact patching.
+VALIDATED_TABLES = {
+    f"{name}_{method}": [
+        f"{SET}/scores/{method}/{site}{ending}.parquet" for site in SITES
+    ]
+    for method in (*VALIDATED, "exact")
+    for name, ending in (("scores", ""), ("pairs", ".pairs"))
+}
 
 
 rule validate_scores:
     input:
-        **validated_tables(),
+        **VALIDATED_TABLES,
         tokens=f"{TASK}/confident/train.parquet",
         gradients=f"{TASK}/gradients/train.json",
     output:

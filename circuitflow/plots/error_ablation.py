@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from circuitflow.jobs import Output
 from circuitflow.plots.error_cells import cells, colour_bar
 from circuitflow.plots.error_series import (
-    experiments_of,
     faithfulness_axis,
+    figure_of_experiments,
     notes,
     places,
     say_nothing,
@@ -20,7 +20,7 @@ from circuitflow.plots.error_series import (
     window_names,
 )
 from circuitflow.plots.numbers import counted
-from circuitflow.plots.style import Style, drawing, footnote, new_figure, save, style_of
+from circuitflow.plots.style import Style, footnote, new_figure
 from circuitflow.plots.tables import Table, rows
 
 NOTE = (
@@ -35,10 +35,7 @@ def plot_error_ablation(inputs: Mapping[str, Path], params: Mapping[str, Any], o
 
     Input ``experiments`` (table of ablate_error_nodes); params ``style``; outputs ``png``, ``svg``.
     """
-    style = style_of(params)
-    table, facts = experiments_of(inputs)
-    with drawing(style):
-        save(draw(table, facts, style), out, style)
+    figure_of_experiments(inputs, params, out, draw)
 
 
 def draw(table: Table, facts: Mapping[str, Any], style: Style) -> Figure:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
 from circuitflow.plots.error_series import (
-    experiments_of,
     faithfulness_axis,
+    figure_of_experiments,
     notes,
     places,
     series,
@@ -19,7 +19,7 @@ from circuitflow.plots.error_series import (
 )
 from circuitflow.plots.error_windows import WIDTH, panels_of
 from circuitflow.plots.numbers import counted
-from circuitflow.plots.style import Style, drawing, footnote, new_figure, save, site_shades, style_of
+from circuitflow.plots.style import Style, footnote, new_figure, site_shades
 from circuitflow.plots.tables import Table, rows
 
 NAMED = {"errors": "errors", "nearest": "nearest in |score|", "committee": "committee"}
@@ -35,10 +35,7 @@ def plot_error_baselines(inputs: Mapping[str, Path], params: Mapping[str, Any], 
 
     Input ``experiments`` (table of ablate_error_nodes); params ``style``; outputs ``png``, ``svg``.
     """
-    style = style_of(params)
-    table, facts = experiments_of(inputs)
-    with drawing(style):
-        save(draw(table, facts, style), out, style)
+    figure_of_experiments(inputs, params, out, draw)
 
 
 def draw(table: Table, facts: Mapping[str, Any], style: Style) -> Figure:

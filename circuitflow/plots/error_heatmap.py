@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
 from circuitflow.plots.error_cells import WRITTEN, cells, colour_bar
-from circuitflow.plots.error_series import experiments_of, notes, window_names
+from circuitflow.plots.error_series import figure_of_experiments, notes, window_names
 from circuitflow.plots.numbers import interval
-from circuitflow.plots.style import Style, drawing, footnote, new_figure, save, style_of
+from circuitflow.plots.style import Style, footnote, new_figure
 from circuitflow.plots.tables import Table, rows
 
 NOTE = " Colour: F; white is the whole model's 1."
@@ -22,10 +22,7 @@ def plot_error_heatmap(inputs: Mapping[str, Path], params: Mapping[str, Any], ou
 
     Input ``experiments`` (table of ablate_error_nodes); params ``style``; outputs ``png``, ``svg``.
     """
-    style = style_of(params)
-    table, facts = experiments_of(inputs)
-    with drawing(style):
-        save(draw(table, facts, style), out, style)
+    figure_of_experiments(inputs, params, out, draw)
 
 
 def draw(table: Table, facts: Mapping[str, Any], style: Style) -> Figure:

@@ -12,15 +12,15 @@ from circuitflow.jobs import Output
 from circuitflow.models.sites import depth_order, parse_site
 from circuitflow.plots.error_series import (
     LIMITS,
-    experiments_of,
     faithfulness_axis,
+    figure_of_experiments,
     layers,
     notes,
     places,
     series,
     window_names,
 )
-from circuitflow.plots.style import Style, drawing, footnote, new_figure, save, site_shades, style_of
+from circuitflow.plots.style import Style, footnote, new_figure, site_shades
 from circuitflow.plots.tables import Table, rows
 
 NOTE = (
@@ -34,10 +34,7 @@ def plot_error_restoration(inputs: Mapping[str, Path], params: Mapping[str, Any]
 
     Input ``experiments`` (table of ablate_error_nodes); params ``style``; outputs ``png``, ``svg``.
     """
-    style = style_of(params)
-    table, facts = experiments_of(inputs)
-    with drawing(style):
-        save(draw(table, facts, style), out, style)
+    figure_of_experiments(inputs, params, out, draw)
 
 
 def draw(table: Table, facts: Mapping[str, Any], style: Style) -> Figure:

@@ -1,14 +1,16 @@
 """What the figures about error nodes share: names of windows, series with intervals, the axis of F."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from circuitflow.jobs import Output
 from circuitflow.models.sites import parse_site
-from circuitflow.plots.style import TINY, Style, grid
+from circuitflow.plots.style import TINY, Style, drawing, grid, save, style_of
 from circuitflow.plots.tables import Table
 from circuitflow.store.tables import read_provenance, read_table
 
@@ -20,6 +22,19 @@ NOTE_F = (
     "n = {n} test prompts. F = (m − m(∅)) / (m(M) − m(∅)); m: metric, M: whole model, ∅: every node replaced. "
     "{marks}: 95 % bootstrap intervals over prompts.{outside} Ablation: {ablation}. Error nodes of {kinds} sites."
 )
+
+
+def figure_of_experiments(
+    inputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    out: Output,
+    draw: Callable[[Table, Mapping[str, Any], Style], Figure],
+) -> None:
+    """What every stage that draws the table of experiments does."""
+    style = style_of(params)
+    table, facts = experiments_of(inputs)
+    with drawing(style):
+        save(draw(table, facts, style), out, style)
 
 
 def experiments_of(inputs: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
