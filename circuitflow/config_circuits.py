@@ -153,6 +153,8 @@ class EvaluationSection(Section):
     ablation: Ablation = "mean"
     """What nodes outside the circuit become: mean: over patched training inputs per case and position | zero |
     patched: their value in the prompt's patched run | resample: in that of another training prompt of the case."""
+    means: Literal["train", "test"] = "train"
+    """The split over whose patched inputs the means are taken."""
     further_ablations: list[Ablation] = ["zero", "patched", "resample"]
     """Ablations under which the curve is measured again; one that the prompts do not allow is left out."""
     starts: list[str] = []

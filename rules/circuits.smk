@@ -1,5 +1,5 @@
 # Means of every site, which ablated nodes become; rule cache_means makes them.
-MEANS = [f"{SET}/means/{site}.json" for site in SITES]
+MEANS = [f"{SET}/means/{CFG.evaluation.means}/{site}.json" for site in SITES]
 
 
 rule assemble_circuit:

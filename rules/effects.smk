@@ -10,7 +10,7 @@ rule measure_effects:
         gradients_train=f"{TASK}/gradients/train.json",
         gradients_test=f"{TASK}/gradients/test.json",
         dictionaries=expand(f"{TRAINED}/{{site}}.json", site=SITES),
-        means=[f"{SET}/means/{site}.json" for site in SITES],
+        means=MEANS,
     output:
         effects=f"{SET}/effects.parquet",
         response=f"{SET}/effects.response.parquet",

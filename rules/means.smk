@@ -1,14 +1,14 @@
 rule cache_means:
     input:
         dictionary=f"{TRAINED}/{{site}}.json",
-        tokens_train=f"{TASK}/confident/train.parquet",
-        gradients_train=f"{TASK}/gradients/train.json",
+        tokens=f"{TASK}/confident/{{split}}.parquet",
+        gradients=f"{TASK}/gradients/{{split}}.json",
     output:
-        manifest=f"{SET}/means/{{site}}.json",
+        manifest=f"{SET}/means/{{split}}/{{site}}.json",
     log:
-        f"{LOGS}/{{task}}/cache_means.{{site}}.log",
+        f"{LOGS}/{{task}}/cache_means.{{split}}.{{site}}.log",
     benchmark:
-        f"{ROWS}/{{task}}/cache_means.{{site}}.tsv"
+        f"{ROWS}/{{task}}/cache_means.{{split}}.{{site}}.tsv"
     conda:
         ENVIRONMENT
     threads: CFG.compute.threads
@@ -21,6 +21,6 @@ rule cache_means:
         compute=COMPUTE,
         code=code("cache_means"),
     message:
-        "Keep the means of {wildcards.site}"
+        "Keep the means of {wildcards.site} ({wildcards.split})"
     script:
         "../workflow_scripts/cache_means.py"

@@ -1,4 +1,4 @@
-"""Keep the mean activations of one site over the patched training inputs."""
+"""Keep the mean activations of one site over the patched inputs of one split."""
 
 from circuitflow.circuits.means import KIND, cache_means
 from circuitflow.jobs import run_stage
@@ -8,5 +8,5 @@ if "snakemake" in globals():
         snakemake,
         cache_means,
         kind=KIND,
-        arrays={"gradients_train": ["{site}/clean", "{site}/patched"]},
+        arrays={"gradients": ["{site}/clean", "{site}/patched"]},
     )

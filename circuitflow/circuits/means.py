@@ -1,4 +1,4 @@
-"""Mean activations of a site over the patched training inputs, by case and position: what ablated nodes become."""
+"""Mean activations of a site over the patched inputs of a split, by case and position: what ablated nodes become."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +26,16 @@ CHUNK = 64
 
 
 def cache_means(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
-    """STAGE (means). Means of a site's features, and of its whole vector, over the patched training inputs.
+    """STAGE (means). Means of a site's features, and of its whole vector, over the patched inputs.
 
-    Inputs ``dictionary``, ``tokens_train``, ``gradients_train`` (arrays ``{site}/clean``, ``{site}/patched``); params
-    ``site``, ``compute``. A pair without a patched input gives its clean one. Tensors, by cell (case and position):
-    ``whole`` (cells, d_model), ``count`` (prompts), and the means of features that are active in any prompt, as sparse
-    rows ``offsets``, ``features``, ``values``. Raw activation units.
+    Inputs ``dictionary``, and of one split ``tokens``, ``gradients`` (arrays ``{site}/clean``,
+    ``{site}/patched``); params ``site``, ``compute``. A pair without a patched input gives its clean one.
+    Tensors, by cell (case and position): ``whole`` (cells, d_model), ``count`` (prompts), and the means of features
+    that are active in any prompt, as sparse rows ``offsets``, ``features``, ``values``. Raw activation units.
 
     :raises UserError: the dictionary has no encoder, or is of another width.
     """
-    store, pairs = open_store(inputs["gradients_train"]), load_token_pairs(inputs["tokens_train"])
+    store, pairs = open_store(inputs["gradients"]), load_token_pairs(inputs["tokens"])
     width = store.shape(f"{params['site']}/clean")[-1]
     dictionary = load_dictionary(inputs["dictionary"], width).to(params["compute"]["device"])
     means = means_of_store(store, params["site"], pairs, dictionary)

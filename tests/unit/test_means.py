@@ -132,7 +132,7 @@ def kept_means(root: Path, inputs, site: str, dictionary: Path) -> Path:
     folder = root / "objects" / f"means.{site}"
     folder.mkdir(parents=True)
     out = Output(folder, {}, {})
-    given = {"dictionary": dictionary, "tokens_train": "train", "gradients_train": inputs["gradients_train"]}
+    given = {"dictionary": dictionary, "tokens": "train", "gradients": inputs["gradients_train"]}
     cache_means(given, {"site": site, "compute": {"device": "cpu"}}, out)
     assert out.content
     path = root / "means" / f"{site}.json"

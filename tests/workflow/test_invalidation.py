@@ -121,6 +121,11 @@ CONFIG_EDITS = {
         "overlap_at: [5, 10]",
         AFTER_RANKING,
     ),
+    "means over the other split": (
+        "pairs: 16",
+        "pairs: 16\n  means: test",
+        FAITHFULNESS | {"cache_means": SITES},
+    ),
     "batch of the harvest": ("batch_blocks: 8}", "batch_blocks: 4}", AFTER_HARVEST),
     "a key that the kind does not use": ("k: 8\n", "k: 8\n  penalty: 0.3\n  prefixes: [0.5, 1.0]\n", PAGE),
     "tracking": ("measure: {blocks: 4}", "tracking: {wandb: {project: p}}\nmeasure: {blocks: 4}", {}),
