@@ -31,17 +31,10 @@ for family in """
     common parameters model data dictionaries attribution methods clusters circuits means
     faithfulness faithfulness_figures error_nodes error_node_figures validation comparison effects
     features figures circuit_figures report study study_figures variant_figures
-    requests
+    requests workarounds
 """.split():
 
     include: f"rules/{family}.smk"
-
-
-# Snakemake compares the parameters' values without their names, and so would miss
-# some edits: an 8 that becomes a 4 where another parameter was 8 and a third is 4.
-for each in workflow.rules:
-    if each.params:
-        each.set_params(named=named_values(dict(each.params.items())))
 
 
 onstart:

@@ -1,5 +1,5 @@
 # Parameters that rules share; no rules.
-from circuitflow.provenance import canonical_json, code_digest, digest
+from circuitflow.provenance import code_digest
 
 
 def task_style(wildcards):
@@ -10,16 +10,3 @@ def task_style(wildcards):
 def code(rule):
     """Digest of a rule's script and of the library it imports: what makes a code edit re-run the rule."""
     return code_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py")
-
-
-def named_values(params):
-    """A parameter that changes whenever one of a rule's others does: a digest of names and values."""
-
-    def value(wildcards):
-        found = {
-            name: given(wildcards) if callable(given) else given
-            for name, given in params.items()
-        }
-        return digest(canonical_json(found))
-
-    return value
