@@ -38,6 +38,7 @@ for family in """
 
 
 onstart:
+    look_only_when_jobs_end()
     record_owner(Path(".snakemake"))
     if not ENCODED:
         print(

@@ -15,11 +15,16 @@ def named_values(params):
     return value
 
 
-# Under its standard limit (100 jobs a second) Snakemake looks at every input anew each second, once more for each job
-# that has ended (its issue 2967): minutes of a core in a run of 200 jobs. Without a limit it looks when a job ends.
-limit = getattr(workflow.scheduling_settings, "max_jobs_per_timespan", None)
-if limit and (limit.max_jobs, limit.timespan) == (100, 1):
-    workflow.scheduling_settings.max_jobs_per_timespan = None
+def look_only_when_jobs_end():
+    """Take away the standard limit of 100 jobs a second.
+
+    Under it Snakemake looks at every input anew each second, once more for each job that has ended (its issue 2967):
+    minutes of a core in a run of 200 jobs. A limit that the user set stays.
+    """
+    limit = workflow.scheduling_settings.max_jobs_per_timespan
+    if limit and (limit.max_jobs, limit.timespan) == (100, 1):
+        workflow.scheduler.job_rate_limiter = None
+
 
 # Snakemake compares the parameters' values without their names, and so would miss
 # some edits: an 8 that becomes a 4 where another parameter was 8 and a third is 4.
