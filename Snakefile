@@ -31,7 +31,8 @@ for family in """
     common parameters model data dictionaries attribution methods clusters circuits means
     faithfulness faithfulness_figures error_nodes error_node_figures validation comparison effects
     features figures circuit_figures report study study_figures variant_figures
-    requests workarounds
+    transcoders transcoder_figures crosscoders crosscoder_layers graphs graph_figures graph_experiments
+    graph_experiment_figures diffing requests workarounds
 """.split():
 
     include: f"rules/{family}.smk"

@@ -61,10 +61,19 @@ def convert(
         str | None, typer.Option("--id", help="Repository of the Hugging Face hub.")
     ] = None,
     revision: Annotated[str, typer.Option(help="Commit, tag or branch of that repository.")] = "main",
+    every: Annotated[
+        bool, typer.Option("--all", help="Every dictionary of a folder, or a cross-layer transcoder.")
+    ] = False,
 ) -> None:
     """Convert a dictionary (SAE, transcoder) from one library's format to another's."""
     from circuitflow.converting import convert as convert_dictionary
+    from circuitflow.converting import convert_all
 
+    if every:
+        if repository is not None or site is not None:
+            raise UserError("--all takes a folder on disk whole; leave out --id and --site.")
+        typer.echo(convert_all(Path(source), target, from_format, to_format))
+        return
     typer.echo(convert_dictionary(source, target, from_format, to_format, site, repository, revision))
 
 
@@ -76,17 +85,95 @@ def convert_circuit(
     from_format: Annotated[
         str | None, typer.Option("--from", help="Format to read; default: as the file tells.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Model's folder with config.json, for mib.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model's folder (config.json, or a run's), for mib.")
+    ] = None,
     dictionaries: Annotated[
         Path | None, typer.Option(help="Folder of {site}.json, for writing feature-circuits.")
     ] = None,
     nodes: Annotated[float, typer.Option(help="Least |effect| of nodes read from feature-circuits.")] = 0.0,
     edges: Annotated[float, typer.Option(help="Least |effect| of edges read from there.")] = 0.0,
 ) -> None:
-    """Convert a circuit between circuitflow, the MIB benchmark and feature-circuits (docs/circuits.md says how)."""
+    """Convert a circuit between circuitflow, the MIB benchmark and feature-circuits (docs/evaluation.md says how)."""
     from circuitflow.circuits.converting import convert_circuit as convert_file
 
     typer.echo(convert_file(source, target, to_format, from_format, model, dictionaries, (nodes, edges)))
+
+
+@app.command("convert-graph")
+def convert_graph(
+    source: Annotated[Path, typer.Argument(help="graph.safetensors, a viewer's JSON, or a plain graph.")],
+    target: Annotated[Path, typer.Argument(help="File that does not exist yet.")],
+    to_format: Annotated[str, typer.Option("--to", help="circuitflow, viewer or circuit_tracer.")],
+    scan: Annotated[
+        str | None, typer.Option(help="Model on Neuronpedia, or folder of feature files, for viewer.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model's folder with config.json, for circuit_tracer.")
+    ] = None,
+    features: Annotated[Path | None, typer.Option(help="features.json of a run, for viewer.")] = None,
+    nodes: Annotated[float, typer.Option(help="Share of influence that pruned nodes keep.")] = 0.8,
+    edges: Annotated[float, typer.Option(help="Share of influence that pruned edges keep.")] = 0.98,
+) -> None:
+    """Convert an attribution graph between circuitflow, viewers (circuit-tracer, Neuronpedia) and circuit-tracer."""
+    from circuitflow.graphs.converting import convert_graph as convert_file
+
+    shares = (nodes, edges)
+    typer.echo(
+        convert_file(source, target, to_format, scan=scan, model=model, features=features, shares=shares)
+    )
+
+
+@app.command("export-graphs")
+def export_graphs(
+    source: Annotated[Path, typer.Argument(help="results/MODEL/graphs/DICTIONARIES.")],
+    target: Annotated[Path, typer.Argument(help="Folder that does not exist yet.")],
+    scan: Annotated[
+        str | None, typer.Option(help="Model on Neuronpedia that has the features; default: files here.")
+    ] = None,
+) -> None:
+    """Gather a run's graphs and features in a folder that circuit-tracer's viewer serves."""
+    from circuitflow.graphs.converting import export_graphs as export_files
+
+    typer.echo(export_files(source, target, scan))
+
+
+@app.command()
+def graph(
+    prompt: Annotated[str, typer.Argument(help="Text whose next token is explained.")],
+    configfile: ConfigFile = Path("config.yaml"),
+    debug: Annotated[bool, typer.Option("--debug", help="Few features and a minute at most.")] = False,
+    max_features: Annotated[
+        int | None, typer.Option(help="Features with rows; default: the configuration's, 64 with --debug.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time limit once all is loaded; default: none, 60 with --debug.")
+    ] = None,
+    transcoders: Annotated[
+        str | None, typer.Option(help="Set of transcoders; default: the configuration's.")
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option(help="Random transcoders of so many features instead, for times.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the graph and its figure.")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Build one prompt's attribution graph right here and say where the time goes; a run's graphs are a target."""
+    from circuitflow.graphs.debugging import DEBUG_FEATURES, DEBUG_SECONDS, run, show, wanted_of
+    from circuitflow.jobs import apply_compute
+
+    config = _config(configfile).model_dump()
+    apply_compute(config["compute"])
+    wanted = wanted_of(
+        config,
+        prompt,
+        results,
+        transcoders=transcoders,
+        features=DEBUG_FEATURES if debug and max_features is None else max_features,
+        seconds=DEBUG_SECONDS if debug and seconds is None else seconds,
+        random=random,
+    )
+    show(run(wanted, out), wanted)
 
 
 @app.command()

@@ -20,8 +20,11 @@ from circuitflow.config_dictionaries import (
     label,
     merge,
 )
+from circuitflow.config_diffing import DiffingSection
 from circuitflow.config_error_nodes import ErrorNodesSection
+from circuitflow.config_graphs import GraphsSection
 from circuitflow.config_model import ModelSection
+from circuitflow.config_transcoders import CrosscoderSection, TranscodersSection
 from circuitflow.config_validation import AuditSection, ComparisonSection, EffectsSection
 
 Structure = Literal["simple", "prepositional", "across_relative", "within_relative"]
@@ -312,6 +315,14 @@ class Config(Section):
     """Contenders at equal node budgets."""
     effects: EffectsSection = EffectsSection()
     """What the circuit does on single prompts."""
+    transcoders: TranscodersSection | None = None
+    """Transcoders, of which attribution graphs are made."""
+    graphs: GraphsSection | None = None
+    """Attribution graphs of single prompts (target `graphs`)."""
+    crosscoder: CrosscoderSection | None = None
+    """A dictionary across sites (target `crosscoder`)."""
+    diffing: DiffingSection | None = None
+    """A second model and what it has that the first has not (target `diff`)."""
     features: FeaturesSection = FeaturesSection()
     """Descriptions of the top features."""
     plots: PlotsSection = PlotsSection()

@@ -7,7 +7,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from circuitflow.config import Config, ImportedPairs, TaskSentences, TextFiles, TextPairs, json_schema
+from circuitflow.config_base import Section
+from circuitflow.config_checks_experiments import check_experiments
+from circuitflow.config_checks_spanning import check_spanning
 from circuitflow.config_dictionaries import DictionarySettings
+from circuitflow.config_error_nodes import WANTED
 from circuitflow.config_model import PathSource, ToySource
 from circuitflow.dictionaries.formats.places import local_files
 from circuitflow.dictionaries.settings import used_settings
@@ -17,7 +21,7 @@ from circuitflow.models.sites import parse_site
 from circuitflow.store.objects import read_manifest
 
 SCRIPTS = Path(__file__).parents[1] / "workflow_scripts"
-OF_MODEL = {"model", "corpus", "activations", "dictionaries", "studies", "objects"}
+OF_MODEL = {"model", "corpus", "activations", "dictionaries", "studies", "objects", "graphs", "diffing"}
 OF_TASK = {
     "pairs",
     "tokens",
@@ -37,7 +41,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     :raises UserError: the first mistake, as one sentence with the key's path and the nearest valid choice.
     """
     try:
-        config = Config.model_validate(dict(values))
+        config = Config.model_validate(_without_empty(values))
     except ValidationError as error:
         raise UserError(_sentence(error, [])) from None
     _check_names(config)
@@ -48,11 +52,23 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     _check_dictionaries(config)
     _check_study(config)
     _check_contenders(config)
-    _check_named_sites(config)
+    check_experiments(config)
+    check_spanning(config, OF_MODEL)
     _check_sizes(config)
     _check_files(config)
     _check_stages(config)
     return config
+
+
+def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections that are left empty (``effects:`` and nothing below) take their defaults."""
+
+    def section(key: str) -> bool:
+        field = Config.model_fields.get(key)
+        kind = None if field is None else field.annotation
+        return isinstance(kind, type) and issubclass(kind, Section)
+
+    return {key: {} if value is None and section(key) else value for key, value in values.items()}
 
 
 def check_against_model(config: Config, manifest: Path) -> None:
@@ -182,19 +198,9 @@ def _check_contenders(config: Config) -> None:
             where = ["comparison", "contenders", str(number), "dictionaries"]
             raise UserError(_sentence(error, where)) from None
         for _, site, settings in found[len(config.sites) :]:
-            _check_dictionary(settings, f"contender {contender.name} at {site}")
-
-
-def _check_named_sites(config: Config) -> None:
-    """Sites that experiments name."""
-    section = config.error_nodes
-    named: list[tuple[str, str | None]] = [("evaluation.starts", site) for site in config.evaluation.starts]
-    named += [("error_nodes.start", section.start), ("error_nodes.bound", section.bound)]
-    named += [("error_nodes.ranges", site) for ends in section.ranges for site in ends]
-    named += [("error_nodes.restore_ranges", site) for ends in section.restore_ranges for site in ends]
-    for key, site in named:
-        if site is not None and site not in config.sites:
-            raise UserError(f"Key {key} names {site}, which is not in sites; {nearest(site, config.sites)}.")
+            where_at = f"contender {contender.name} at {site}"
+            _check_dictionary(settings, where_at)
+            _check_positions(settings, config.corpus.block, f" of {where_at}")
 
 
 def _check_study(config: Config) -> None:
@@ -253,11 +259,11 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def _check_positions(settings: DictionarySettings, block: int) -> None:
+def _check_positions(settings: DictionarySettings, block: int, where: str = "") -> None:
     beyond = [position for position in settings.training.skip_positions if position >= block]
     if beyond:
         raise UserError(
-            f"Key dictionaries.training.skip_positions has {beyond[0]}, but a block has {block} positions, 0 to "
+            f"Key dictionaries.training.skip_positions{where} has {beyond[0]}, but a block has {block} positions, 0 to "
             f"{block - 1} (corpus.block); leave it out."
         )
 
@@ -314,8 +320,12 @@ def _sentence(error: ValidationError, where: list[str]) -> str:
         return f"Key {shown}.kind is {context['tag']}; {nearest(context['tag'], _choices(context['expected_tags']))}."
     if kind == "literal_error":
         return f"Key {shown} is {value}; {nearest(value, _choices(context['expected']))}."
+    if kind == "string_pattern_mismatch" and context["pattern"] in WANTED:
+        return f"Key {shown} is {value!r}; {WANTED[context['pattern']](value)}."
     if kind == "string_pattern_mismatch":
         return f"Key {shown} is {value!r}, but only letters, digits, '_', '.' and '-' are allowed, as in a file name."
+    if kind == "too_short" and context["actual_length"]:
+        return f"Key {shown} is {value!r}; it takes {context['min_length']} entries, a range its first and last site."
     if kind == "too_short":
         return f"Key {shown} is empty; name at least one."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")

@@ -1,14 +1,24 @@
 """The configuration's section on error nodes."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 
 from circuitflow.config_base import Positive, Section, Share
+from circuitflow.errors import nearest
 from circuitflow.models.sites import KINDS
 
-Kind = Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
-Baseline = Annotated[str, Field(pattern=r"^(top-[1-9][0-9]*|nearest|committee)$")]
+KIND_PATTERN = f"^({'|'.join(KINDS)})$"
+BASELINE_PATTERN = r"^(top-[1-9][0-9]*|nearest|committee)$"
+WANTED: dict[str, Callable[[object], str]] = {
+    KIND_PATTERN: lambda value: nearest(value, KINDS),
+    BASELINE_PATTERN: lambda value: nearest(value, ("nearest", "committee", "top-1", "top-5")),
+}
+"""What a value that does not match a pattern should be, in words."""
+
+Kind = Annotated[str, Field(pattern=KIND_PATTERN)]
+Baseline = Annotated[str, Field(pattern=BASELINE_PATTERN)]
 Range = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 

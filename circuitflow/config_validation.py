@@ -85,10 +85,18 @@ class EffectsSection(Section):
     top: Positive = 3
     """How many of these."""
     multiples: list[float] = [-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
-    """What a feature is held at, as multiples of its usual value where it is active."""
+    """What a feature is held at, as multiples of its own value at each token where it fires in the prompt."""
     values: list[float] = []
-    """The same as plain activations."""
+    """The same as plain activations, at those tokens."""
     pairs: Positive = 24
     """Test prompts, spread evenly over the cases."""
     tokens: Positive = 5
     """Likeliest tokens listed per intervention, beside the answers."""
+
+    @model_validator(mode="after")
+    def _something_held(self) -> "EffectsSection":
+        if not self.multiples and not self.values:
+            raise ValueError(
+                "multiples and values are both empty, so a curve has no point; name at least one"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from circuitflow.dictionaries.formats.families import detect_family, read_family, write_family
 from circuitflow.dictionaries.formats.hub import fetch_dictionary
 from circuitflow.dictionaries.formats.places import LAYOUTS, WRITTEN, detect
 from circuitflow.dictionaries.formats.registry import read_dictionary, write_dictionary
@@ -45,4 +46,25 @@ def convert(
     return (
         f"{target}: {dictionary.d_dict} features at {sites}, {dictionary.d_in} wide, from {place} "
         f"({from_format}) to {to_format}"
+    )
+
+
+def convert_all(source: Path, target: Path, from_format: str | None, to_format: str) -> str:
+    """Convert every dictionary of a folder, or those behind one manifest of ours, and tell what was done.
+
+    :raises UserError: there is none, or one of the formats cannot hold them exactly; or the target exists.
+    """
+    if to_format not in WRITTEN:
+        raise UserError(f"Format '{to_format}' cannot be written; {nearest(to_format, WRITTEN)}.")
+    if not source.exists():
+        raise UserError(f"Path {source} does not exist; check it (relative paths start at {Path.cwd()}).")
+    if target.exists():
+        raise UserError(f"{target} exists; name a folder that does not.")
+    given = from_format or detect_family(source)
+    family = read_family(given, source)
+    write_family(to_format, target, family)
+    features = sum(member.d_dict for member in family.members)
+    return (
+        f"{target}: {len(family.members)} dictionaries with {features} features, {family.reads[0]} to "
+        f"{family.writes[-1]}, from {source} ({given}) to {to_format}"
     )

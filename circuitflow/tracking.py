@@ -212,7 +212,7 @@ def _flat(line: Line) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, Mapping):
-            values |= {f"{name}/{inner}": number for inner, number in value.items()}
+            values |= {f"{name}/{inner}": number for inner, number in _flat(value).items()}
         elif value is not None and name != "step":
             values[name] = value
     return values

@@ -76,6 +76,7 @@ rule evaluate_budget:
         shares=CFG.comparison.shares,
         size=CFG.comparison.size,
         ablation=CFG.evaluation.ablation,
+        means=CFG.evaluation.means,
         pairs=CFG.evaluation.pairs,
         batch_rows=CFG.evaluation.batch_rows,
         seed=CFG.evaluation.seed,

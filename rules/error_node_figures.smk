@@ -46,6 +46,7 @@ rule plot_error_ablation:
         ENVIRONMENT
     params:
         style=task_style,
+        method=METHOD,
         code=code("plot_error_ablation"),
     message:
         "Draw the figure error_ablation"
@@ -122,6 +123,7 @@ rule plot_error_windows:
     params:
         style=task_style,
         metric=METRIC,
+        method=METHOD,
         code=code("plot_error_windows"),
     message:
         "Draw the figure error_windows"

@@ -93,6 +93,7 @@ rule plot_agreement:
         ENVIRONMENT
     params:
         style=task_style,
+        metric=METRIC,
         code=code("plot_agreement"),
     message:
         "Draw the figure agreement"

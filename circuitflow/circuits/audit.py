@@ -27,9 +27,11 @@ JOURNAL = "audited.jsonl"
 CONFIDENCE = 0.95
 
 CONVENTIONS = {
-    "exact_nodes": "m with the node alone patched - m clean, mean over the audit's pairs",
+    "exact_nodes": "m with the node alone patched - m clean, mean over the audit's pairs; for the metric kl, which is "
+    "flat on the clean run, m patched - m with the node alone back at its clean value in the patched run",
     "exact_edges": "the metric's gradient by the downstream node x its change when the upstream node alone is patched "
-    "and the blocks between run again, all other sites clean; into the metric the change of m",
+    "and the blocks between run again, all other sites clean; into the metric the change of m; for the metric kl all "
+    "of this on the patched run, the node going back to its clean value",
     "score": "AtP effect of a node on the audit's pairs; weight of an edge on the training pairs",
     "linear": "weight of an edge on the audit's pairs",
     "population": "nodes that change in some pair of the audit; edges between candidates of the circuit, to the metric "
@@ -56,7 +58,8 @@ def audit_circuit(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Out
     - ``summary``: what (nodes | edges), side (inside | outside), stratum ("all": together), population, measured,
       score_sum (Σ|score| of the population), exact_sum (Σ|exact| of the measured), estimate and upper (Σ|exact| of
       the population; ``upper`` only for "all"), share and share_upper (of that sum inside and outside; "all" only),
-      threshold (the weakest |score| in the circuit), beyond, beyond_upper, largest (|exact|), pearson, slope (exact on
+      threshold (the weakest measured |exact| in the circuit),
+      beyond, beyond_upper, largest (|exact|), pearson, slope (exact on
       score through the origin), n, and residual, relative (conservation, the worst over the sites);
     - ``nodes``: site, kind, feature, position, inside, stratum, score, exact, low, high, n;
     - ``edges``: up_site, up_kind, up_feature, up_position, down_site, down_kind, down_feature, down_position, and
@@ -166,9 +169,9 @@ class Work:
     def summary(self, what: str, drawn: Drawn, effects: np.ndarray) -> list[Columns]:
         """Rows of the summary: every stratum of both sides, and each side in all."""
         mean = effects.mean(0)
-        own = self.circuit.nodes if what == "nodes" else self.circuit.edges
-        weights = [getattr(unit, "score" if what == "nodes" else "weight") for unit in own]
-        threshold = min(map(abs, weights), default=0.0)
+        # Effects, not scores: the two differ in scale, so that one is no bar for the other.
+        threshold = float(np.abs(drawn.effects("inside", mean)).min(initial=np.inf))
+        threshold = threshold if np.isfinite(threshold) else 0.0
         sums = {
             side: strata.estimate_sum(sample, drawn.effects(side, mean), CONFIDENCE)
             for side, (_, sample) in drawn.sides.items()
@@ -266,15 +269,22 @@ def verdict(summary: Mapping[str, Any]) -> str:
             & (np.asarray(summary["stratum"]) == "all")
         )
         if keep.any():
-            share, upper, measured, population = (
+            share, upper, measured, population, n = (
                 float(np.asarray(summary[name])[keep][0])
-                for name in ("share", "share_upper", "measured", "population")
+                for name in ("share", "share_upper", "measured", "population", "n")
             )
+            bound = "" if everything_measured(summary, what) else f", at most {upper:.0%} (95 %)"
             said.append(
-                f"{what} outside carry {share:.0%} of the summed single effects, at most {upper:.0%} (95 %; "
-                f"{measured:.0f} of {population:.0f} measured)"
+                f"{what} outside carry {share:.0%} of the summed single effects{bound}, of these {n:.0f} pairs "
+                f"({measured:.0f} of {population:.0f} measured)"
             )
     return "; ".join(said)
+
+
+def everything_measured(summary: Mapping[str, Any], what: str) -> bool:
+    """Whether all nodes (or edges) were measured, in and out of the circuit, so that nothing is estimated."""
+    keep = (np.asarray(summary["what"]) == what) & (np.asarray(summary["stratum"]) == "all")
+    return bool((np.asarray(summary["measured"])[keep] == np.asarray(summary["population"])[keep]).all())
 
 
 def _stacked(rows: Sequence[Columns]) -> Columns:

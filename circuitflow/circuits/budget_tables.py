@@ -1,7 +1,7 @@
 """Contenders held against each other: faithfulness at equal budgets, areas, all with paired intervals, and circuits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from circuitflow.dictionaries.dictionary import load_dictionary
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
 from circuitflow.store.objects import content_of
-from circuitflow.store.tables import read_table, write_table
+from circuitflow.store.tables import read_provenance, read_table, write_table
 
 CONVENTIONS = {
     "F": "(m(C) - m(empty)) / (m(M) - m(empty)); the empty circuit is each contender's own",
     "difference": "contender - reference at the same number of nodes; the same prompts resampled for both (paired), "
-    "or each its own where the prompts differ",
+    "or each its own where the prompts, the ablation or the split of its means differ",
     "cpr": "area under F over the share of the contender's own nodes (a large one is good); cmd: under |1 - F|",
     "circuits": "as many nodes of each; where dictionaries differ, features that are each other's nearest by decoder "
     "direction count as the same; n: train pairs behind the scores of both, the fewer of n_a and n_b (0: not recorded)",
@@ -50,7 +50,9 @@ class Contender:
     full: np.ndarray
     candidates: int
     prompts: tuple[tuple[int, str, float], ...]
-    """Pair, case and m(M) of every prompt: contenders with the same ones are paired."""
+    """Pair, case and m(M) of every prompt: contenders with the same ones, evaluated alike, are paired."""
+    how: Mapping[str, Any] = field(default_factory=dict)
+    """``metric``, ``ablation`` and ``means`` (split) of its evaluation; empty where the table does not say."""
 
 
 def compare_budgets(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Output) -> None:
@@ -69,7 +71,7 @@ def compare_budgets(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     - ``circuits``: a, b, site ("all": together), compared, nodes_a, nodes_b, both, jaccard, matched, pearson, spearman,
       weighted_jaccard, effect_share_a, effect_share_b, error_share_a, error_share_b, n_a, n_b, n.
 
-    :raises UserError: fewer than two contenders, or two of the same name.
+    :raises UserError: fewer than two contenders, two of the same name, or one evaluated with another metric.
     """
     names = list(params["names"])
     if len(names) < 2 or len(set(names)) < len(names):
@@ -77,13 +79,15 @@ def compare_budgets(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
             "Key comparison.contenders needs two contenders or more of different names; the run itself is the first."
         )
     found = [read_contender(name, Path(path)) for name, path in zip(names, inputs["values"], strict=True)]
+    check_metrics(found)
     tables = {
         "comparison": [row for one in found for row in budget_rows(one, params)],
         "differences": [row for one in found[1:] for row in difference_rows(one, found[0], params)],
         "areas": [area_row(one, found[0], params) for one in found],
         "circuits": circuit_rows(names, inputs, params),
     }
-    facts = {**out.provenance, "conventions": {**CONVENTIONS, "aggregate": params["aggregate"]}}
+    said = {"aggregate": params["aggregate"], "differently": different(found)}
+    facts = {**out.provenance, "conventions": {**CONVENTIONS, **said}}
     for name, rows in tables.items():
         columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
         write_table(out.files[name], columns, facts)
@@ -108,7 +112,56 @@ def read_contender(name: str, path: Path) -> Contender:
         full=table["m_full"][one],
         candidates=int(table["candidates"][0]),
         prompts=tuple(prompts),
+        how=evaluated_how(path),
     )
+
+
+def evaluated_how(path: Path) -> dict[str, Any]:
+    """With which metric, ablation and split of the means a table was made; empty if it does not say."""
+    params = read_provenance(path).get("params") or {}
+    if "ablation" not in params:
+        return {}
+    found = {name: params.get(name) for name in ("metric", "ablation")}
+    return {**found, "means": params.get("means", "train") if params["ablation"] == "mean" else None}
+
+
+def check_metrics(found: Sequence[Contender]) -> None:
+    """Refuse contenders whose m is another quantity.
+
+    :raises UserError: a metric differs from the reference's.
+    """
+    reference = found[0].how.get("metric") or {}
+    for one in found[1:]:
+        metric = one.how.get("metric") or {}
+        other = [key for key in reference if key in metric and metric[key] != reference[key]]
+        if other:
+            raise UserError(
+                f"Contender {one.name} was evaluated with task.metric.{other[0]} {metric[other[0]]}, the run with "
+                f"{reference[other[0]]}: their faithfulness cannot be compared; leave it out of comparison.others, or "
+                "run both with the same metric."
+            )
+
+
+def alike(one: Contender, other: Contender) -> bool:
+    """Whether two were evaluated on the same prompts under the same ablation, so that prompts can be paired."""
+    known = one.how and other.how
+    same = not known or all(one.how[name] == other.how[name] for name in ("ablation", "means"))
+    return one.prompts == other.prompts and same
+
+
+def different(found: Sequence[Contender]) -> dict[str, str]:
+    """In words, by name, under what contenders were evaluated whose ablation or means are not the reference's."""
+    reference = found[0]
+    return {
+        one.name: _under(one)
+        for one in found[1:]
+        if one.how and reference.how and _under(one) != _under(reference)
+    }
+
+
+def _under(one: Contender) -> str:
+    means = one.how["means"]
+    return f"ablation {one.how['ablation']}" + (f" over the {means} pairs" if means else "")
 
 
 def budget_rows(one: Contender, params: Mapping[str, Any]) -> Rows:
@@ -143,7 +196,7 @@ def difference_rows(one: Contender, reference: Contender, params: Mapping[str, A
     change = F[0][mine] - F[1][theirs]
     drawn = _drawn(one, reference, params)[mine] - _drawn(reference, reference, params)[theirs]
     spread = np.percentile(drawn, INTERVAL, axis=1)
-    paired = one.prompts == reference.prompts
+    paired = alike(one, reference)
     return [
         {
             "contender": one.name,
@@ -162,7 +215,7 @@ def difference_rows(one: Contender, reference: Contender, params: Mapping[str, A
 def area_row(one: Contender, reference: Contender, params: Mapping[str, Any]) -> dict[str, Any]:
     """CPR and CMD with intervals, and how far they are from those of the reference."""
     row: dict[str, Any] = {"contender": one.name, "method": one.method, "candidates": one.candidates}
-    row |= {"points": len(one.nodes), "paired": one.prompts == reference.prompts, "n": len(one.full)}
+    row |= {"points": len(one.nodes), "paired": alike(one, reference), "n": len(one.full)}
     whole, draws = [], []
     for x in (one, reference):
         F = faithfulness(x.values, x.empty, x.full, params["aggregate"])
@@ -178,8 +231,8 @@ def area_row(one: Contender, reference: Contender, params: Mapping[str, Any]) ->
 
 
 def _drawn(one: Contender, reference: Contender, params: Mapping[str, Any]) -> np.ndarray:
-    """F on resampled prompts; other prompts than the reference's are drawn independently of them."""
-    seed = params["seed"] if one.prompts == reference.prompts else params["seed"] + 1
+    """F on resampled prompts; those that are not paired with the reference's are drawn independently of them."""
+    seed = params["seed"] if alike(one, reference) else params["seed"] + 1
     how = (one.values, one.empty, one.full, params["aggregate"])
     return resampled(*how, params["bootstrap"], seed)
 

@@ -10,7 +10,7 @@ from circuitflow.attribution.nodes import ERROR, SUMMED
 from circuitflow.circuits.circuit import Circuit, Kind, Node, write_circuit
 from circuitflow.circuits.evaluation import prepared
 from circuitflow.circuits.interventions import keep, nothing
-from circuitflow.circuits.measuring import forget_journals, ledger_for, measured
+from circuitflow.circuits.measuring import ENGINE, forget_journals, ledger_for, measured
 from circuitflow.circuits.sweep import Ranked, ranked_nodes
 from circuitflow.jobs import Output
 from circuitflow.store.objects import content_of
@@ -29,9 +29,10 @@ def evaluate_budget(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
 
     Inputs ``model``, ``nodes`` and ``layers`` (tables of rank_features), ``tokens_{split}``, ``gradients_{split}``,
     ``dictionaries`` and optionally ``means`` (lists, in the order of ``sites``); params ``sites``, ``metric``,
-    ``ranking``, ``contender`` and ``method`` (names), ``counts``, ``shares`` (of the contender's nodes, for the
-    areas), ``size`` (nodes of the circuit that is compared), ``ablation``, ``pairs``, ``seed``, ``batch_rows``,
-    ``dtype``, ``compute``, ``model_name``, ``task``.
+    ``means`` (split over whose pairs means are taken where none are given; train by default), ``ranking``,
+    ``contender`` and ``method`` (names), ``counts``, ``shares`` (of the contender's nodes, for the areas), ``size``
+    (nodes of the circuit that is compared), ``ablation``, ``pairs``, ``seed``, ``batch_rows``, ``dtype``, ``compute``,
+    ``model_name``, ``task``.
 
     Outputs ``values``, one row per budget and prompt: contender, method, source (count | share | all), nodes, share,
     errors (error nodes among them), candidates (all nodes), pair, case, m, m_empty, m_full; ``circuit``: the ``size``
@@ -42,8 +43,9 @@ def evaluate_budget(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     """
     table, sites = read_table(inputs["nodes"]), list(params["sites"])
     ranked = ranked_nodes(table, sites, params["ranking"])
-    here = prepared(inputs, params, "test")
-    ledger = ledger_for(out, params, "test")
+    inputs_of_means, more = means_over(inputs, params)
+    here = prepared(inputs_of_means, params, "test")
+    ledger = ledger_for(out, params, "test", ENGINE, **more)
     sizes = ranked.sizes(params["counts"], (), params["shares"])
     wanted = [nothing(sites), *(keep(ranked.top(n), sites) for n, _ in sizes)]
     values = measured(here, wanted, params["batch_rows"], ledger, out.folder)
@@ -65,11 +67,31 @@ def evaluate_budget(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
         "m_full": np.tile(here.full, len(sizes)),
     }
     ledgers = [ledger.name] if ledger.folder is not None else []
-    facts = {"conventions": {**CONVENTIONS, "ablated": params["ablation"]}, "ledgers": ledgers}
+    said = {
+        "ablated": params["ablation"],
+        **({"means": params.get("means", "train")} if by_means(params) else {}),
+    }
+    facts = {"conventions": {**CONVENTIONS, **said}, "ledgers": ledgers}
     write_table(out.files["values"], columns, {**out.provenance, **facts})
     write_circuit(out.files["circuit"], strongest(table, ranked, params, inputs, out))
     ledger.save()
     forget_journals(out.folder)
+
+
+def by_means(params: Mapping[str, Any]) -> bool:
+    """Whether nodes outside become means."""
+    return bool(params["ablation"] == "mean")
+
+
+def means_over(inputs: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The inputs with the pairs over which means are taken as ``train``, and what the ledger depends on besides.
+
+    Means are computed in place, over the train pairs unless ``params["means"]`` says test.
+    """
+    if not by_means(params) or params.get("means", "train") == "train" or "means" in inputs:
+        return dict(inputs), {}
+    over = {f"{name}_train": inputs[f"{name}_test"] for name in ("tokens", "gradients")}
+    return {**inputs, **over}, {"means": str(params["means"])}
 
 
 def strongest(

@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from circuitflow.circuits.ablation import STARTS
-from circuitflow.models.sites import parse_site
-
 BECOME = {
-    "mean": "per-position mean over the patched training inputs of the same case (clean ones if unpaired)",
+    "mean": "per-position mean over patched inputs (evaluation.means) of the same case (clean ones if unpaired)",
     "zero": "0, so that an empty circuit leaves b_dec",
     "patched": "value in the patched run of the same prompt",
     "resample": "value in the patched run of another training prompt of the same case",
@@ -30,10 +27,9 @@ def conventions(params: Mapping[str, Any]) -> dict[str, str]:
     sign = (
         "wrong - right: negative when the model is right"
         if opposed
+        else "distance from the clean run: 0 is the model itself"
+        if params["metric"]["kind"] == "kl"
         else "the lower, the more the model is right"
-    )
-    before = (
-        f"layers up to {first} are" if parse_site(first).kind in STARTS else f"everything before {first} is"
     )
     order = {"absolute": "|score|", "signed": "score, most positive first,"}[params["ranking"]]
     used = [params["ablation"], *params.get("further_ablations", [])]
@@ -42,7 +38,7 @@ def conventions(params: Mapping[str, Any]) -> dict[str, str]:
         "ablation": f"{params['ablation']}: nodes outside become their {BECOME[params['ablation']]}",
         **{f"ablation_{name}": f"nodes outside become their {BECOME[name]}" for name in used[1:]},
         "empty_circuit": "every node of every site ablated",
-        "start": f"{before} free in C, in M and in the empty circuit",
+        "start": f"everything before {first} is free in C, in M and in the empty circuit",
         "further_starts": "sites before the start are free in C, in M and in the empty circuit",
         "encoding": "each site encodes the stream as the sites before have left it",
         "selection": f"nodes by {order} on train over all sites, error nodes included",

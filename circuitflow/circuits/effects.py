@@ -1,6 +1,6 @@
 """What a circuit, or a few nodes, do on single prompts: next-token probabilities without them, and response curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from circuitflow.attribution.nodes import ERROR, SUMMED
+from circuitflow.circuits.ablation import logits_of_interventions
 from circuitflow.circuits.circuit import Circuit, read_circuit
 from circuitflow.circuits.evaluation import Evaluation, prepared
 from circuitflow.circuits.interventions import Intervention, Triple, everything, hold, keep, remove
@@ -23,10 +24,17 @@ CONVENTIONS = {
     "'circuit alone': every node but the circuit's replaced",
     "tokens": "the right and wrong answers, and the likeliest tokens of any of the prompt's interventions",
     "kl": "KL(whole model || intervention) of the next token, in nats",
-    "value": "what the feature is held at, in units of its activation, where it is active in any clean prompt of the "
-    "case; elsewhere it stays as it is",
-    "multiple": "value / the feature's mean where it is active in the clean prompts of the case",
+    "value": "what the feature is held at, in units of its activation, at the tokens where it fires in the prompt's "
+    "clean run (mean over them, for multiples); elsewhere, and in prompts where it does not fire, it stays as it is",
+    "multiple": "of the feature's own clean value at each of these tokens, so that 1 is the clean run; of plain "
+    "values: value / usual, its mean where it fires in the clean prompts of the case",
+    "n": "prompts of the case in which the feature fires, and that are held; prompts: all of the case",
 }
+RESPONSE = (
+    *("node", "pair", "case", "value", "multiple", "relative", "reference", "usual", "tokens"),
+    *("m", "right", "wrong", "clean", "n", "prompts"),
+)
+"""Columns of the response curves."""
 
 Rows = dict[str, list[Any]]
 
@@ -38,15 +46,17 @@ def measure_effects(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     means ``means`` (lists, in the order of ``sites``); params ``sites``, ``metric``, ``pairs`` (prompts, spread over
     the cases), ``nodes`` (ids of nodes that are ablated together, as "resid.12/431", "resid.12/error"; may be empty),
     ``curves`` (ids of features to scale; empty: the circuit's ``top`` strongest), ``top``, ``multiples`` and ``values``
-    (of the features: shares of their usual value, and plain activations), ``tokens`` (likeliest tokens listed),
+    (of the features: multiples of their own clean values, and plain activations), ``tokens`` (likeliest tokens listed),
     ``ablation``, ``seed``, ``batch_rows``, ``dtype``, ``compute``.
 
     Outputs:
 
     - ``effects``: pair, case, prompt, intervention, token, text, role (right | wrong | other), probability, logit, rank
       (from 1), m, kl: one row per prompt, intervention and listed token;
-    - ``response``: node, pair, case, value, multiple, reference (usual value), tokens (where it is held), m, right,
-      wrong (probability of the answers), n (prompts of the case).
+    - ``response``, of prompts in which the feature fires: node, pair, case, value, multiple, relative (a multiple was
+      asked for, not a plain value), reference (its mean clean value in the prompt), usual (that of the case's prompts),
+      tokens (where it is held), m, right, wrong (probability of the answers), clean (m of the clean run), n (such
+      prompts of the case), prompts (all of the case); ``silent`` of its provenance: cases in which it never fires.
 
     :raises UserError: a node is none of the run's, or a curve is asked of an error.
     """
@@ -66,7 +76,7 @@ def measure_effects(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     response = responses(here, curves, params)
     facts = {**out.provenance, "conventions": {**CONVENTIONS, "ablated": params["ablation"]}}
     write_table(out.files["effects"], effects, facts)
-    write_table(out.files["response"], response, facts)
+    write_table(out.files["response"], response, {**facts, "silent": silent(curves, here)})
 
 
 def parse_node(name: str, sites: Sequence[str]) -> Triple:
@@ -164,41 +174,98 @@ def shifted(here: Evaluation, wanted: Mapping[str, Intervention], params: Mappin
 
 
 def responses(here: Evaluation, curves: Sequence[Triple], params: Mapping[str, Any]) -> Rows:
-    """m and the answers' probabilities with a feature held at values around its own."""
+    """m and the answers' probabilities with a feature held, prompt by prompt, at values around its own.
+
+    In a prompt it is held where it fires there, at ``multiple`` times its own clean value at each of these tokens, so
+    that multiple 1 is the clean run; plain ``values`` are the same at all of them. Prompts without a firing token have
+    no rows.
+    """
     pairs = here.prompts.pairs.to("cpu")
-    names = ("node", "pair", "case", "value", "multiple", "reference", "tokens", "m", "right", "wrong", "n")
-    rows: Rows = {name: [] for name in names}
+    scales = [(True, share) for share in params["multiples"]] + [(False, value) for value in params["values"]]
+    rows: Rows = {name: [] for name in RESPONSE}
     for done, node in enumerate(curves):
-        active = activations(here, node)
-        for case in dict.fromkeys(pairs.case):
-            prompts = [i for i, name in enumerate(pairs.case) if name == case]
-            at = np.flatnonzero((active[prompts] != 0).any(0))
-            if node[2] != SUMMED:
-                at = at[at == node[2]]
-            if not len(at):
-                continue
-            firing = active[prompts][:, at]
-            reference = float(firing[firing != 0].mean())
-            values = [*(reference * share for share in params["multiples"]), *params["values"]]
-            held = [(node[0], node[1], int(position)) for position in at]
-            base = everything(params["sites"])
-            wanted = [hold(base, held, value) for value in values]
-            logits = torch.from_numpy(here.logits(wanted, params["batch_rows"])).double()
-            for value, found in zip(values, logits, strict=True):
-                for prompt in prompts:
-                    row = _answers(here, found[prompt], prompt)
-                    row |= {
-                        "node": node_id(node),
-                        "pair": int(pairs.pair[prompt]),
-                        "case": case,
-                        "value": value,
-                    }
-                    row |= {"multiple": value / reference, "reference": reference, "tokens": len(at)}
-                    row["n"] = len(prompts)
-                    for name in names:
-                        rows[name].append(row[name])
+        active = firing(here, node)
+        fires = [int(prompt) for prompt in np.flatnonzero((active != 0).any(1))]
+        usual = _usual(active, pairs.case)
+        wanted = [
+            (held_at(node, active[prompt], scale, relative, params["sites"]), prompt)
+            for prompt in fires
+            for relative, scale in scales
+        ]
+        for place, found in _answered(here, wanted, params["batch_rows"]):
+            prompt, (relative, scale) = wanted[place][1], scales[place % len(scales)]
+            own, case = active[prompt][active[prompt] != 0], pairs.case[prompt]
+            row = {
+                **found,
+                "node": node_id(node),
+                "pair": int(pairs.pair[prompt]),
+                "case": case,
+                "value": scale * float(own.mean()) if relative else scale,
+                "multiple": scale if relative else scale / usual[case],
+                "relative": relative,
+                "reference": float(own.mean()),
+                "usual": usual[case],
+                "tokens": len(own),
+                "clean": float(here.full[prompt]),
+                "n": sum(pairs.case[one] == case for one in fires),
+                "prompts": pairs.case.count(case),
+            }
+            for name in RESPONSE:
+                rows[name].append(row[name])
         progress("response curves", done + 1, len(curves))
     return rows
+
+
+def held_at(
+    node: Triple, active: np.ndarray, scale: float, relative: bool, sites: Sequence[str]
+) -> Intervention:
+    """A prompt with a feature held where it fires: at ``scale`` times its value of each token, or at ``scale``.
+
+    :param active: its values in the prompt's clean run, (pos,); 0 where it does not fire.
+    """
+    wanted: Intervention = everything(sites)
+    for position in np.flatnonzero(active):
+        value = scale * float(active[position]) if relative else scale
+        wanted = hold(wanted, [(node[0], node[1], int(position))], value)
+    return wanted
+
+
+def firing(here: Evaluation, node: Triple) -> np.ndarray:
+    """A feature's values in the clean runs, (n, pos); 0 at padding, and elsewhere than at the node's own position."""
+    active = activations(here, node)
+    if node[2] == SUMMED:
+        return active
+    return np.where(np.arange(active.shape[1]) == node[2], active, 0)
+
+
+def silent(curves: Sequence[Triple], here: Evaluation) -> dict[str, list[str]]:
+    """Cases in which a feature fires in none of the prompts, by its id; features that fire in all are left out."""
+    cases = list(dict.fromkeys(here.prompts.pairs.case))
+    found = {node_id(node): _usual(firing(here, node), here.prompts.pairs.case) for node in curves}
+    missing = {name: [case for case in cases if case not in usual] for name, usual in found.items()}
+    return {name: none for name, none in missing.items() if none}
+
+
+def _usual(active: np.ndarray, cases: Sequence[str]) -> dict[str, float]:
+    """Mean value where a feature fires, by case; cases in which it never does are left out."""
+    found = {}
+    for case in dict.fromkeys(cases):
+        here = active[[name == case for name in cases]]
+        if (here != 0).any():
+            found[case] = float(here[here != 0].mean())
+    return found
+
+
+def _answered(
+    here: Evaluation, wanted: Sequence[tuple[Intervention, int]], batch_rows: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """m and the answers' probabilities of prompts, each under an intervention of its own, in the order given."""
+    for first in range(0, len(wanted), batch_rows):
+        some = wanted[first : first + batch_rows]
+        rows = [(number, prompt) for number, (_, prompt) in enumerate(some)]
+        logits = logits_of_interventions(here.lm, here.sites, [one for one, _ in some], here.prompts, rows)
+        for number, found in enumerate(logits.cpu().double()):
+            yield first + number, _answers(here, found, some[number][1])
 
 
 def activations(here: Evaluation, node: Triple) -> np.ndarray:

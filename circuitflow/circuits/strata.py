@@ -22,7 +22,8 @@ CONVENTIONS = {
     "corrected for skewness (Hall 1983), plus the unseen that may exceed each sample's largest (at most 1 - "
     ".05^(1/n) of a "
     "stratum), taken at that size; approximate, for the pairs of the audit",
-    "beyond": "nodes outside with |effect| above the threshold; its bound is exact (Clopper-Pearson per stratum, "
+    "beyond": "units outside with |effect| above the threshold, the weakest |effect| measured in the "
+    "circuit; its bound is exact (Clopper-Pearson per stratum, "
     "Bonferroni)",
 }
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from circuitflow.dictionaries.codes import Codes
 from circuitflow.dictionaries.gradients import Weights, batch_top_codes
 from circuitflow.dictionaries.matryoshka import nested_reconstruction
-from circuitflow.dictionaries.objective import COMMON, Context, Finished, Step
-from circuitflow.dictionaries.topk import AuxK, annealed
+from circuitflow.dictionaries.objective import COMMON, Context, Finished, Opened, Step
+from circuitflow.dictionaries.topk import AuxK, annealed, opened
 
 RATE = 0.05  # of the running threshold: it remembers about 20 steps, short against the decay of the learning rate
 UNSEEN = -1.0
@@ -50,18 +50,32 @@ class BatchTopK:
         threshold = weights["threshold"].clamp_min(0).expand_as(weights["b_enc"]).clone()
         return Finished({name: weights[name] for name in COMMON}, {"k": self.k}, {"threshold": threshold})
 
-    def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
+    def step(
+        self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context, y: Tensor | None = None
+    ) -> Step:
         """Loss and gradients of one batch."""
-        wanted = annealed(self.k, self.k_start, self.k_anneal, context.done) * x.shape[0]
-        before = weights["threshold"]
-        codes = batch_top_codes(weights, x, wanted, GUESS * float(before))
-        nested = nested_reconstruction(codes, weights, x, prefix_ends(self.shares, codes.d_dict))
+        codes, tracked = self._select(weights, x, context)
+        ends = prefix_ends(self.shares, codes.d_dict)
+        nested = nested_reconstruction(codes, weights, x, ends, x if y is None else y)
         *partial, reconstruction = nested.losses
         auxiliary = self.aux.add_to(nested.gradients, -nested.residual, weights, x, context)
         fired = torch.zeros_like(context.dead)
         fired[codes.features] = True
-        tracked = {"threshold": _running(before, codes)}
-        return Step(nested.gradients, fired, reconstruction, sum(partial, auxiliary), codes.nnz, tracked)
+        loss = sum(partial, auxiliary)
+        return Step(nested.gradients, fired, reconstruction, loss, codes.nnz, tracked, nested.cotangent)
+
+    def open(self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context) -> Opened:
+        """Encode and decode one batch, without nested prefixes."""
+        codes, tracked = self._select(weights, x, context)
+        return opened(codes, weights, x, context, self.aux, tracked)
+
+    def _select(
+        self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context
+    ) -> tuple[Codes, dict[str, Tensor]]:
+        wanted = annealed(self.k, self.k_start, self.k_anneal, context.done) * x.shape[0]
+        before = weights["threshold"]
+        codes = batch_top_codes(weights, x, wanted, GUESS * float(before))
+        return codes, {"threshold": _running(before, codes)}
 
 
 def prefix_ends(shares: tuple[float, ...], d_dict: int) -> tuple[int, ...]:

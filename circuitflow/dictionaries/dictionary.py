@@ -29,11 +29,13 @@ class Skip:
     """The recorded outlier rule: tokens the dictionary was not made for. Their features are 0, their error x − b_dec.
 
     ``positions`` count from the start of a prompt or block; ``max_norm`` is in raw activation units, None for
-    no limit.
+    no limit. A dictionary that reads several sites has a limit for each in ``max_norms``, and skips a token where the
+    vector of any of them exceeds its own.
     """
 
     positions: tuple[int, ...] = ()
     max_norm: float | None = None
+    max_norms: tuple[float | None, ...] = ()
 
     def mask(self, x: Float[Tensor, "n d_model"], positions: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """True for the vectors to skip."""
@@ -42,7 +44,22 @@ class Skip:
             skipped |= positions.to(x.device) == position
         if self.max_norm is not None:
             skipped |= x.norm(dim=1) > self.max_norm
+        for part, limit in zip(x.chunk(len(self.max_norms) or 1, dim=1), self.max_norms, strict=False):
+            if limit is not None:
+                skipped |= part.norm(dim=1) > limit
         return skipped
+
+    def described(self) -> dict[str, Any]:
+        """Plain JSON form."""
+        several = {"max_norms": list(self.max_norms)} if self.max_norms else {}
+        return {"positions": list(self.positions), "max_norm": self.max_norm, **several}
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> "Skip":
+        """From :meth:`described`."""
+        return cls(
+            tuple(described["positions"]), described["max_norm"], tuple(described.get("max_norms", ()))
+        )
 
 
 NO_SKIP = Skip()
@@ -50,13 +67,13 @@ NO_SKIP = Skip()
 
 @dataclass(frozen=True)
 class Dictionary:
-    """Features that read one site and write it back: x̂ = Σ_i f_i·W_dec[i] + b_dec.
+    """Features that read one site, or several, and write it back: x̂ = Σ_i f_i·W_dec[i] + b_dec.
 
     A transcoder writes another site than it reads: ŷ = Σ_i f_i·W_dec[i] + b_dec [+ W_skip·x], and ŷ approximates
     the vector there. Pre-activations are x·W_encᵀ + b_enc; ``select`` names the rule that picks the active ones,
     ``settings`` holds its numbers (k …). Normalisation and a subtracted mean are folded in: inputs and outputs are
-    raw activations. On the active set the encoder is linear: ∂f_i/∂x = 1[i active]·W_enc[i]. ``W_enc`` is None
-    when only a decoder is known.
+    raw activations; those of several sites, all of one width, lie side by side. On the active set the encoder is
+    linear: ∂f_i/∂x = 1[i active]·W_enc[i]. ``W_enc`` is None when only a decoder is known.
     """
 
     kind: str
@@ -209,7 +226,7 @@ def save_dictionary(path: Path, dictionary: Dictionary) -> None:
         "d_in": dictionary.d_in,
         "d_model": dictionary.d_model,
         "d_dict": dictionary.d_dict,
-        "skip": {"positions": list(dictionary.skip.positions), "max_norm": dictionary.skip.max_norm},
+        "skip": dictionary.skip.described(),
         "settings": dict(dictionary.settings),
         "notes": dict(dictionary.notes),
     }
@@ -238,7 +255,7 @@ def load_dictionary(path: Path, width: int | None = None) -> Dictionary:
         b_enc=tensors["b_enc"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
-        skip=Skip(tuple(described["skip"]["positions"]), described["skip"]["max_norm"]),
+        skip=Skip.of(described["skip"]),
         settings=described["settings"],
         notes=described["notes"],
         extra={name: tensor for name, tensor in tensors.items() if name not in COMMON},

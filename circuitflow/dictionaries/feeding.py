@@ -1,7 +1,9 @@
-"""Batches of one site, in the order of the store's shuffle, on the device that trains."""
+"""Batches of one site or several, in the order of the store's shuffle, on the device that trains."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,10 +19,19 @@ class Feed:
     """
 
     def __init__(
-        self, rows: ShuffledRows, site: str, device: torch.device, steps: int, ahead: bool | None = None
+        self,
+        rows: ShuffledRows,
+        sites: str | Sequence[str],
+        device: torch.device,
+        steps: int,
+        ahead: bool | None = None,
     ) -> None:
-        """Batches 0 to ``steps`` − 1 of ``rows``; ``ahead`` overrides whether the next one is read early."""
-        self._rows, self._site, self._device, self._steps = rows, site, device, steps
+        """Batches 0 to ``steps`` − 1 of ``rows``; ``ahead`` overrides whether the next one is read early.
+
+        Vectors of several sites lie side by side.
+        """
+        self._sites = [sites] if isinstance(sites, str) else list(sites)
+        self._rows, self._device, self._steps = rows, device, steps
         ahead = device.type != "cpu" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
         self._next: tuple[int, Future[Tensor]] | None = None
@@ -44,5 +55,7 @@ class Feed:
         return index, self._reader.submit(self._read, index)
 
     def _read(self, index: int) -> Tensor:
-        x = torch.from_numpy(self._rows.batch_at(index)[self._site])
+        batch = self._rows.batch_at(index)
+        parts = [batch[site] for site in self._sites]
+        x = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
         return x.pin_memory() if self._device.type == "cuda" else x

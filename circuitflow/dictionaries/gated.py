@@ -50,8 +50,15 @@ class Gated:
         folded = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": weights["W_dec"], "b_dec": weights["b_dec"]}
         return Finished(folded, {}, {"threshold": threshold})
 
-    def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
-        """Loss and gradients of one batch."""
+    def step(
+        self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context, y: Tensor | None = None
+    ) -> Step:
+        """Loss and gradients of one batch.
+
+        :raises ValueError: another target than ``x``, which this kind is not made for.
+        """
+        if y is not None:
+            raise ValueError("kind gated reconstructs what it reads; choose another kind for transcoders")
         gate = codes_above(weights, x, x.new_zeros(()))
         at, scale = gate.features, weights["log_scale"].exp()
         grown = scale[at] * (gate.values - weights["b_enc"][at])  # e^r·(W_enc·x)

@@ -206,7 +206,7 @@ def _products_dense(
 def _weight_gradients_dense(
     codes: Codes, dpre: Float[Tensor, " nnz"], x: Tensor, cotangent: Tensor
 ) -> dict[str, Tensor]:
-    W_enc, W_dec = (x.new_zeros(codes.d_dict, x.shape[1]) for _ in range(2))
+    W_enc, W_dec = (x.new_zeros(codes.d_dict, like.shape[1]) for like in (x, cotangent))
     b_enc = x.new_zeros(codes.d_dict)
     for block, (pulls, values) in _dense_blocks(codes, x, dpre, codes.values):
         W_enc.addmm_(pulls.T, x[block])

@@ -31,7 +31,7 @@ def import_dictionary(inputs: Mapping[str, Any], params: Mapping[str, Any], out:
     rows = open_rows(inputs["activations"], site)
     dictionary = read_source(settings["source"], site, rows.width)
     if dictionary.W_enc is not None and settings["source"]["format"] != "circuitflow":
-        dictionary = _with_rule(dictionary, rows, settings["training"])
+        dictionary = with_rule(dictionary, rows, settings["training"])
     save_dictionary(out.folder / WEIGHTS_FILE, dictionary)
     write_text(out.folder / LOG_FILE, "")
     describe(out)
@@ -52,7 +52,7 @@ def read_source(source: Source, site: str, width: int) -> Dictionary:
     return dictionary
 
 
-def _with_rule(dictionary: Dictionary, rows: SiteRows, training: Mapping[str, Any]) -> Dictionary:
+def with_rule(dictionary: Dictionary, rows: SiteRows, training: Mapping[str, Any]) -> Dictionary:
     """The dictionary with the run's outlier rule, made definite on the activations."""
     found = find_outliers(rows, tuple(training.get("skip_positions", ())), training.get("outlier_ratio"))
     assert dictionary.skip == NO_SKIP

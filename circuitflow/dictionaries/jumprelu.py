@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitflow.dictionaries.gradients import Weights, codes_above, decode_with_pull, weight_gradients
-from circuitflow.dictionaries.objective import COMMON, Context, Finished, Step
+from circuitflow.dictionaries.objective import COMMON, Context, Finished, Opened, Part, Step, solo
 from circuitflow.dictionaries.relu import sums_by_feature
 
 PACE = 10.0  # thresholds learn this much faster: Adam moves a logarithm by .0025 a step, too slow for short trainings
@@ -50,30 +50,37 @@ class JumpReLU:
 
     def finish(self, weights: Weights) -> Finished:
         """The weights as they are, and the thresholds."""
-        threshold = _thresholds(weights)
+        threshold = thresholds(weights)
         return Finished({name: weights[name] for name in COMMON}, {}, {"threshold": threshold})
 
-    def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
+    def step(
+        self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context, y: Tensor | None = None
+    ) -> Step:
         """Loss and gradients of one batch."""
-        threshold = _thresholds(weights)
+        return solo(self.open(weights, x, context), weights["b_dec"], x if y is None else y)
+
+    def open(self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context) -> Opened:
+        """Encode and decode one batch."""
+        threshold = thresholds(weights)
         near = codes_above(weights, x, threshold - self.bandwidth / 2)
         own = threshold[near.features]
         active = near.values > own
         values = torch.where(active, near.values, torch.zeros_like(near.values))
         decoded, pull = decode_with_pull(near.with_values(values), weights["W_dec"])
-        residual = decoded + weights["b_dec"] - x
-        cotangent = residual * (2 / x.shape[0])
-        dvalue = pull(cotangent)
-        codes = near.where(active)
-        gradients = weight_gradients(codes, dvalue[active], x, cotangent)
-        penalty, slope = self._penalty(codes.nnz / x.shape[0], context.sparsity)
-        steps = torch.where(near.values < own + self.bandwidth / 2, own * dvalue + slope / x.shape[0], 0)
-        dthreshold = -sums_by_feature(near, steps) / self.bandwidth
-        gradients["log_threshold"] = PACE * threshold * dthreshold
-        fired = torch.zeros_like(context.dead)
-        fired[codes.features] = True
-        reconstruction = residual.square().sum() / x.shape[0]
-        return Step(gradients, fired, reconstruction, x.new_tensor(penalty), codes.nnz)
+
+        def close(residual: Tensor, cotangent: Tensor) -> Part:
+            dvalue = pull(cotangent)
+            codes = near.where(active)
+            gradients = weight_gradients(codes, dvalue[active], x, cotangent)
+            penalty, slope = self._penalty(codes.nnz / x.shape[0], context.sparsity)
+            steps = torch.where(near.values < own + self.bandwidth / 2, own * dvalue + slope / x.shape[0], 0)
+            dthreshold = -sums_by_feature(near, steps) / self.bandwidth
+            gradients["log_threshold"] = PACE * threshold * dthreshold
+            fired = torch.zeros_like(context.dead)
+            fired[codes.features] = True
+            return Part(gradients, fired, x.new_tensor(penalty), codes.nnz)
+
+        return Opened(decoded, close)
 
     def _penalty(self, l0: float, sparsity: float) -> tuple[float, float]:
         """The penalty and its derivative by L0."""
@@ -84,5 +91,6 @@ class JumpReLU:
         return weight * over**2, 2 * weight * over / self.target_l0
 
 
-def _thresholds(weights: Weights) -> Float[Tensor, " d_dict"]:
+def thresholds(weights: Weights) -> Float[Tensor, " d_dict"]:
+    """θ of every feature."""
     return (PACE * weights["log_threshold"]).exp()

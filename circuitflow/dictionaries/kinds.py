@@ -17,12 +17,15 @@ from torch import Tensor
 from circuitflow.dictionaries.batchtopk import BatchTopK, prefix_ends
 from circuitflow.dictionaries.dictionary import NO_SKIP, Dictionary, Skip
 from circuitflow.dictionaries.gated import Gated
+from circuitflow.dictionaries.joint import Joint, Skipping
 from circuitflow.dictionaries.jumprelu import JumpReLU
-from circuitflow.dictionaries.objective import Objective
+from circuitflow.dictionaries.objective import Member, Objective
 from circuitflow.dictionaries.relu import ReLU
-from circuitflow.dictionaries.settings import USED, Settings
+from circuitflow.dictionaries.saturating import Saturating
+from circuitflow.dictionaries.settings import CROSS_LAYER, SPANNING, USED, Settings
 from circuitflow.dictionaries.topk import AuxK, TopK
 from circuitflow.dictionaries.trainer import FIRST_ENCODER_SCALE
+from circuitflow.dictionaries.wiring import Wiring
 from circuitflow.errors import UserError, nearest
 
 # Default penalties give an L0 of about 32 at the middle of a small model (d_model 576, d_dict 4608).
@@ -34,8 +37,22 @@ class Request:
     """The dictionary wanted."""
 
     site: str
+    """The site, or sites, for messages."""
     d_model: int
+    """Width of what one dictionary reads: that of all its sites, side by side."""
     settings: Settings
+    wiring: Wiring | None = None
+    """What is read and written, where it is not one and the same site."""
+
+    @property
+    def sites(self) -> int:
+        """Sites written by one dictionary."""
+        return 1 if self.wiring is None else len(self.wiring.members[0].writes)
+
+    @property
+    def width(self) -> int:
+        """Width of each site."""
+        return self.d_model if self.wiring is None else self.d_model // len(self.wiring.members[0].reads)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,8 @@ def matryoshka(request: Request) -> Objective:
 def relu(request: Request) -> Objective:
     """ReLU with an L1 penalty."""
     settings = request.settings
-    return ReLU(_or(settings.penalty, 0.055), -first_level(request.d_model, settings.d_dict))
+    level = first_level(request.width, settings.d_dict)
+    return ReLU(_or(settings.penalty, 0.055), -level, sites=request.sites)
 
 
 def jumprelu(request: Request) -> Objective:
@@ -75,9 +93,9 @@ def jumprelu(request: Request) -> Objective:
     settings = request.settings
     aims = settings.target_l0 is not None
     return JumpReLU(
-        penalty=_or(settings.penalty, 1.0 if aims else 1.2e-3),
-        bandwidth=_or(settings.bandwidth, 0.5 / request.d_model**0.5),
-        first_threshold=_or(settings.first_threshold, first_level(request.d_model, settings.d_dict)),
+        penalty=_or(settings.penalty, (1.0 if aims else 1.2e-3) * request.sites),  # beside as many errors
+        bandwidth=_or(settings.bandwidth, 0.5 / request.width**0.5),
+        first_threshold=_or(settings.first_threshold, first_level(request.width, settings.d_dict)),
         target_l0=settings.target_l0,
     )
 
@@ -103,8 +121,13 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _auxk(request: Request) -> AuxK:
-    training = request.settings.training
-    return AuxK(training.auxk or max(1, request.d_model // 2), training.auxk_weight)
+    training, wiring = request.settings.training, request.wiring
+    most = max(1, request.width // 2)
+    if (
+        wiring is not None and len(wiring.members) > 1
+    ):  # a feature's decoder row spans all later layers: costly
+        most = min(most, 2 * request.settings.k)
+    return AuxK(training.auxk or most, training.auxk_weight)
 
 
 def random(request: Request, data: Data) -> Dictionary:
@@ -139,6 +162,41 @@ TRAINED: dict[str, Callable[[Request], Objective]] = {
     "jumprelu": jumprelu,
     "gated": gated,
 }
+
+
+def saturating(request: Request) -> Saturating:
+    """ReLU or JumpReLU with the penalty of cross-layer transcoders.
+
+    Its published constants are for mean ‖x‖² = d_model; those of the objective for 1.
+    """
+    settings, unit = request.settings, request.width**0.5
+    jumps = settings.kind == "jumprelu"
+    return Saturating(
+        penalty=_or(settings.penalty, 1.2e-3),
+        saturation=_or(settings.saturation, 4.0) * unit,
+        dead_weight=_or(settings.dead_penalty, 3e-6) / unit,
+        first_bias=0.0 if jumps else -first_level(request.width, settings.d_dict),
+        first_threshold=_or(settings.first_threshold, 0.03 / unit) if jumps else None,
+        bandwidth=_or(settings.bandwidth, 1.0 / unit),
+    )
+
+
+def objective_of(request: Request) -> Objective:
+    """The objective of a trained kind, for one dictionary or for several that reconstruct together."""
+    settings, wiring = request.settings, request.wiring
+    if wiring is None or len(wiring.members) == 1:
+        objective = TRAINED[settings.kind](request)
+        if settings.skip and wiring is not None:
+            return Skipping(objective, request.d_model, request.width * request.sites)
+        return objective
+    make = saturating if settings.kind in CROSS_LAYER else TRAINED[settings.kind]
+    member = make(request)
+    assert isinstance(member, Member)
+    first = tuple(wiring.writes.index(each.writes[0]) for each in wiring.members)
+    members = (member,) * len(first)
+    return Joint(members, request.width, first, len(wiring.writes), settings.d_dict, settings.skip)
+
+
 MADE: dict[str, Callable[[Request, Data], Dictionary]] = {
     "random": random,
     "identity": identity,
@@ -156,6 +214,10 @@ def check_request(request: Request) -> None:
         raise UserError(
             f"Kind of dictionary {settings.kind!r} is unknown; {nearest(settings.kind, [*TRAINED, *MADE])}."
         )
+    if request.wiring is not None and settings.kind not in SPANNING:
+        raise UserError(
+            f"Kind {settings.kind!r} is for one site alone, not for {request.site}; {nearest(settings.kind, SPANNING)}."
+        )
     used = USED[settings.kind][0]
     if "d_dict" in used and settings.d_dict < 1:
         raise UserError(f"Key d_dict is {settings.d_dict}; choose the number of features, at least 1.")
@@ -163,9 +225,9 @@ def check_request(request: Request) -> None:
         _check_k(settings)
     if "prefixes" in used:
         _check_prefixes(settings)
-    for key in ("penalty", "target_l0", "bandwidth", "first_threshold"):
+    for key in ("penalty", "target_l0", "bandwidth", "first_threshold", "saturation"):
         value = getattr(settings, key)
-        if key in used and value is not None and not value > 0:
+        if (key in used or key == "saturation") and value is not None and not value > 0:
             raise UserError(f"Key {key} is {value}; choose a number above 0, or null for the default.")
     if "target_l0" in used and (settings.target_l0 or 0) > settings.d_dict:
         raise UserError(

@@ -20,12 +20,18 @@ class Nested:
     losses: list[Float[Tensor, ""]]
     """Mean ‖x − x̂_p‖² of every prefix, the whole dictionary last."""
     gradients: Gradients
-    residual: Float[Tensor, "batch d_model"]
-    """x̂ − x of the whole dictionary."""
+    residual: Float[Tensor, "batch d_out"]
+    """x̂ − y of the whole dictionary."""
+    cotangent: Float[Tensor, "batch d_out"]
+    """∂loss/∂b_dec of every vector: that of all prefixes together."""
 
 
 def nested_reconstruction(
-    codes: Codes, weights: Weights, x: Float[Tensor, "batch d_model"], ends: Sequence[int]
+    codes: Codes,
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    ends: Sequence[int],
+    y: Float[Tensor, "batch d_out"],
 ) -> Nested:
     """Reconstruct from every prefix; selected features pass their pre-activation on.
 
@@ -33,13 +39,14 @@ def nested_reconstruction(
     sparse work is that of one reconstruction, whatever the number of prefixes.
 
     :param ends: numbers of features of the prefixes, ascending to d_dict.
+    :param y: what is reconstructed; ``x`` where a site is written back.
     """
     groups = [_Group.of(codes, weights, start, end) for start, end in pairwise((0, *ends))]
-    residuals, residual = [], weights["b_dec"] - x
+    residuals, residual = [], weights["b_dec"] - y
     for group in groups:
         residual = residual + group.decoded
         residuals.append(residual)
-    cotangent = torch.zeros_like(x)
+    cotangent = torch.zeros_like(y)
     parts: list[Gradients] = []
     for group, error in zip(reversed(groups), reversed(residuals), strict=True):
         cotangent = cotangent + error * (2 / x.shape[0])
@@ -48,7 +55,7 @@ def nested_reconstruction(
         name: torch.cat([part[name] for part in reversed(parts)]) for name in ("W_enc", "b_enc", "W_dec")
     }
     losses = [error.square().sum() / x.shape[0] for error in residuals]
-    return Nested(losses, {**gradients, "b_dec": parts[-1]["b_dec"]}, residual)
+    return Nested(losses, {**gradients, "b_dec": parts[-1]["b_dec"]}, residual, cotangent)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int32
+from torch import Tensor
 
 from circuitflow.dictionaries.dictionary import Dictionary, load_dictionary
 from circuitflow.dictionaries.quality import (
@@ -143,26 +145,32 @@ def _dead_share(manifest: Path) -> float:
 
 
 def _splice(dictionary: Dictionary, inputs: Mapping[str, Any], params: Mapping[str, Any]) -> Splice:
-    corpus = open_store(inputs["corpus"])
+    batches = held_out_batches(inputs["corpus"], params["blocks"], params["batch_blocks"])
+    lm = load_model(inputs["model"], params["dtype"], params["compute"]["device"])
+    splice, count = Splice(), sum(len(batch) for batch in batches)
+    for batch in batches:
+        with torch.no_grad():
+            splice.add(lm, dictionary, batch.to(lm.device, torch.int64))
+        progress("blocks through the model", len(splice.sums), count)
+    return splice
+
+
+def held_out_batches(manifest: Path, blocks: int, batch_blocks: int) -> list[Int32[Tensor, "batch pos"]]:
+    """Tokens of at most ``blocks`` held-out blocks of a corpus, spread over them.
+
+    :raises UserError: none is held out.
+    """
+    corpus = open_store(manifest)
     held_out = np.sort(np.asarray(corpus.attrs["held_out_blocks"], dtype=np.int64))
     if not held_out.size:
-        raise UserError(
-            f"Corpus {inputs['corpus']} has no held-out block; raise corpus.held_out or add text."
-        )
-    count = min(params["blocks"], len(held_out))
+        raise UserError(f"Corpus {manifest} has no held-out block; raise corpus.held_out or add text.")
+    count = min(blocks, len(held_out))
     chosen = held_out[np.linspace(0, len(held_out) - 1, count, dtype=np.int64)]
-    lm = load_model(inputs["model"], params["dtype"], params["compute"]["device"])
-    splice = Splice()
-    for start in range(0, count, params["batch_blocks"]):
-        blocks = [
-            corpus.read("tokens", int(block), int(block) + 1)
-            for block in chosen[start:][: params["batch_blocks"]]
-        ]
-        tokens = torch.from_numpy(np.concatenate(blocks)).to(lm.device, torch.int64)
-        with torch.no_grad():
-            splice.add(lm, dictionary, tokens)
-        progress("blocks through the model", start + len(blocks), count)
-    return splice
+    tokens = [corpus.read("tokens", int(block), int(block) + 1) for block in chosen]
+    return [
+        torch.from_numpy(np.concatenate(tokens[start : start + batch_blocks]))
+        for start in range(0, count, batch_blocks)
+    ]
 
 
 def _dtype(column: str) -> type:

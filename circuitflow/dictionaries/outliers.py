@@ -5,6 +5,7 @@ A few such tokens carry most of the variance, so that a dictionary trained with 
 else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,3 +55,41 @@ def find_outliers(rows: SiteRows, positions: tuple[int, ...], ratio: float | Non
         share=1 - int(keep.sum()) / trained,
         share_by_norm=(int(elsewhere.sum()) - int(keep.sum())) / trained,
     )
+
+
+@dataclass(frozen=True)
+class SharedOutliers:
+    """The rule made definite on the training rows of several sites: a row goes where any site says so."""
+
+    each: tuple[Outliers, ...]
+    """By site; their shares are of that site alone."""
+    keep: np.ndarray
+    share: float
+    share_by_norm: float
+
+
+def find_shared_outliers(
+    rows: Sequence[SiteRows], positions: tuple[int, ...], ratio: float | None
+) -> SharedOutliers:
+    """:func:`find_outliers` of every site, and what they leave together.
+
+    :raises UserError: no training row is left.
+    """
+    each = tuple(find_outliers(one, positions, ratio) for one in rows)
+    keep = np.logical_and.reduce([found.keep for found in each])
+    if not keep.any():
+        raise UserError(
+            f"Key outlier_ratio {ratio} leaves no training row that is no outlier at any of "
+            f"{', '.join(one.site for one in rows)}; raise it, or null for no limit."
+        )
+    trained, elsewhere = (
+        int((~rows[0].held_out).sum()),
+        int((~rows[0].held_out & _apart(rows[0], positions)).sum()),
+    )
+    kept = int(keep.sum())
+    return SharedOutliers(each, keep, 1 - kept / trained, (elsewhere - kept) / trained)
+
+
+def _apart(rows: SiteRows, positions: tuple[int, ...]) -> np.ndarray:
+    """(rows,) bool: rows at positions that are not skipped."""
+    return ~np.isin(rows.positions, positions)

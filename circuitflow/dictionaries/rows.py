@@ -1,6 +1,6 @@
 """The rows of one site in an activation store: which are held out, their positions, reading in chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,26 @@ def open_rows(manifest: Path, site: str) -> SiteRows:
 
     :raises UserError: the store has no such site, or no held-out block.
     """
+    return open_sites(manifest, [site])[0]
+
+
+def open_sites(manifest: Path, sites: Sequence[str]) -> tuple[SiteRows, ...]:
+    """Open the rows of several sites of one store.
+
+    :raises UserError: the store lacks one of them, no block is held out, or their widths differ.
+    """
     store = open_store(manifest)
+    opened = tuple(_rows_of(store, manifest, site) for site in sites)
+    for rows in opened:
+        if rows.width != opened[0].width:
+            raise UserError(
+                f"Site {rows.site} is {rows.width} wide and {opened[0].site} {opened[0].width}; one dictionary reads "
+                "and writes sites of one width: choose such sites."
+            )
+    return opened
+
+
+def _rows_of(store: Store, manifest: Path, site: str) -> SiteRows:
     rows, _ = store.shape(site)
     block = int(store.attrs["block"])
     held_out_blocks = np.zeros(rows // block, dtype=bool)

@@ -34,6 +34,19 @@ USED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Keys that each kind uses, of the dictionary and of its training."""
 
+ARCHITECTURES = ("single", "cross_layer", "crosscoder")
+"""Dictionaries that write other sites than they read, or several."""
+
+SPANNING = ("topk", "batchtopk", "relu", "jumprelu")
+"""Kinds that they can have."""
+
+SATURATING = ("d_dict", "seed", "penalty", "saturation", "dead_penalty")
+CROSS_LAYER: dict[str, tuple[str, ...]] = {
+    "relu": SATURATING,
+    "jumprelu": (*SATURATING, "bandwidth", "first_threshold"),
+}
+"""Keys of kinds that are others in a cross-layer transcoder."""
+
 LEARNING_RATE = 2.5e-3
 LEARNING_RATES = {"relu": 5e-3, "gated": 5e-3}
 """Kinds with another rate: an L1 penalty takes long to act, and this is better at every L0."""
@@ -126,6 +139,13 @@ class Settings:
     """Matryoshka: ends of the nested prefixes, as shares of d_dict, ascending to 1."""
     source: Mapping[str, Any] | None = None
     """Pretrained: format, and path or hub id and revision."""
+    skip: bool = False
+    """Transcoders: a linear map of what is read is added to the reconstruction."""
+    saturation: float | None = None
+    """Cross-layer ReLU and JumpReLU: c of the penalty tanh(c‖W_dec‖f), for mean ‖x‖² = d_model; None is the default."""
+    dead_penalty: float | None = None
+    """Cross-layer ReLU and JumpReLU: weight of pre-activations below the threshold on dead features, for mean ‖x‖² =
+    d_model; None is the default, 0 turns it off."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
@@ -157,6 +177,27 @@ def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: values[key] for key in own if key in values}
     used = {key: value for key, value in values.get("training", {}).items() if key in training}
     return {"kind": kind, **kept, "training": used}
+
+
+def used_family_settings(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """:func:`used_settings` of transcoders (``single``), a cross-layer transcoder or a crosscoder.
+
+    :raises UserError: the kind is not one that they can have.
+    """
+    kind = values["kind"]
+    if kind not in SPANNING:
+        raise UserError(
+            f"Kind {kind!r} is not one of {architecture} dictionaries; {nearest(kind, SPANNING)}."
+        )
+    used = used_settings(values)
+    if architecture == "cross_layer" and kind in CROSS_LAYER:
+        own = {key: values[key] for key in CROSS_LAYER[kind] if key in values}
+        used = {"kind": kind, **own, "training": used["training"]}
+    if architecture != "crosscoder":
+        used["skip"] = bool(values.get("skip", False))
+        for key in ("resample_every", "resample_until"):  # new directions are drawn from what is read
+            used["training"].pop(key, None)
+    return used
 
 
 def _of(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -44,11 +44,11 @@ class Splice:
         x = plain.sites[site]
         reconstruction, kept = _replacements(dictionary, x)
         zero = torch.where(kept, torch.zeros_like(x), x)
-        ends = (_run_with(lm, tokens, mask, site, value) for value in (reconstruction, zero))
-        for block, chosen, *last in zip(tokens, kept, _wanted(plain.last), *ends, strict=True):
+        ends = (run_with(lm, tokens, mask, site, value) for value in (reconstruction, zero))
+        for block, chosen, *last in zip(tokens, kept, wanted(plain.last), *ends, strict=True):
             counts = {"skipped": float((~chosen).sum()), "positions": float(chosen.numel())}
             # one block at a time: logits are vocabulary-wide
-            self.sums.append({**counts, **_compared(lm, block, *last)})
+            self.sums.append({**counts, **compared(lm, block, *last)})
 
     def values(self) -> dict[str, float]:
         """Cross-entropies in nats, their differences, KL, and the share of tokens whose own vector was kept."""
@@ -82,14 +82,14 @@ def _replacements(dictionary: Dictionary, x: Float[Tensor, "batch pos d_model"])
     return value.view_as(x).to(x.dtype), ~skipped.view(batch, pos, 1)
 
 
-def _compared(
+def compared(
     lm: LanguageModel,
     tokens: Int64[Tensor, " pos"],
     plain: Float[Tensor, "pos d_model"],
     reconstructed: Float[Tensor, "pos d_model"],
     zero: Float[Tensor, "pos d_model"],
 ) -> dict[str, float]:
-    """Sums over the predicted tokens of one block."""
+    """Sums over the predicted tokens of one block, from the last block's output of the three passes."""
     target = tokens[1:, None]
     p, q, z = (lm.unembed(end[:-1]).float().log_softmax(-1) for end in (plain, reconstructed, zero))
     ends = {"original": p, "reconstructed": q, "zero": z}
@@ -100,13 +100,14 @@ def _compared(
     }
 
 
-def _run_with(lm: LanguageModel, tokens: Tensor, mask: Tensor, site: str, value: Tensor) -> Tensor:
+def run_with(lm: LanguageModel, tokens: Tensor, mask: Tensor, site: str, value: Tensor) -> Tensor:
     """The last block's output with a value at a site; a pass that can start there skips the blocks below."""
     if parse_site(site).kind in ("embed", "resid"):
-        return _wanted(run(lm, tokens, mask, start=(site, value)).last)
-    return _wanted(run(lm, tokens, mask, replace={site: lambda _: value}).last)
+        return wanted(run(lm, tokens, mask, start=(site, value)).last)
+    return wanted(run(lm, tokens, mask, replace={site: lambda _: value}).last)
 
 
-def _wanted(end: Tensor | None) -> Tensor:
+def wanted(end: Tensor | None) -> Tensor:
+    """The output of the last block, of a pass that went so far."""
     assert end is not None, "a pass to the last block returns its output"
     return end

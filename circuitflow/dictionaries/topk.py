@@ -6,8 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuitflow.dictionaries.codes import Codes
 from circuitflow.dictionaries.gradients import Weights, decode_with_pull, top_codes, weight_gradients
-from circuitflow.dictionaries.objective import COMMON, Context, Finished, Gradients, Step
+from circuitflow.dictionaries.objective import (
+    COMMON,
+    Context,
+    Finished,
+    Gradients,
+    Opened,
+    Part,
+    Step,
+    solo,
+)
 
 
 @dataclass(frozen=True)
@@ -87,15 +97,34 @@ class TopK:
         """The weights as they are, and k."""
         return Finished({name: weights[name] for name in COMMON}, {"k": self.k}, {})
 
-    def step(self, weights: Weights, x: Float[Tensor, "batch d_model"], context: Context) -> Step:
+    def step(
+        self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context, y: Tensor | None = None
+    ) -> Step:
         """Loss and gradients of one batch."""
+        return solo(self.open(weights, x, context), weights["b_dec"], x if y is None else y)
+
+    def open(self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context) -> Opened:
+        """Encode and decode one batch."""
         codes = top_codes(weights, x, self.k_at(context.done))
-        decoded, pull = decode_with_pull(codes, weights["W_dec"])
-        residual = decoded.add_(weights["b_dec"]).sub_(x)
-        cotangent = residual * (2 / x.shape[0])
+        return opened(codes, weights, x, context, self.aux)
+
+
+def opened(
+    codes: Codes,
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    context: Context,
+    aux: AuxK,
+    tracked: dict[str, Tensor] | None = None,
+) -> Opened:
+    """A step with these features selected, which pass their pre-activation on; AuxK in the end overwrites x̂ − x."""
+    decoded, pull = decode_with_pull(codes, weights["W_dec"])
+
+    def close(residual: Tensor, cotangent: Tensor) -> Part:
         gradients = weight_gradients(codes, pull(cotangent), x, cotangent)
-        reconstruction = residual.square().sum() / x.shape[0]
-        auxiliary = self.aux.add_to(gradients, residual.neg_(), weights, x, context)
+        auxiliary = aux.add_to(gradients, residual.neg_(), weights, x, context)
         fired = torch.zeros_like(context.dead)
         fired[codes.features] = True
-        return Step(gradients, fired, reconstruction, auxiliary, codes.nnz)
+        return Part(gradients, fired, auxiliary, codes.nnz, tracked or {})
+
+    return Opened(decoded, close)

@@ -9,11 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuitflow.dictionaries.joint import Joint
 from circuitflow.dictionaries.objective import Context, Gradients, Objective, Step
 from circuitflow.dictionaries.resampling import Resampling, revive
 
 BETAS = (0.9, 0.999)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MEMBERS = (
+    1000  # more than any model has layers: seeds of a family's members do not meet those of another seed
+)
 FIRST_ENCODER_SCALE = 0.5  # encoder = half the decoder at first: .136 → .128 held-out FVU in a short run
 
 
@@ -47,27 +51,58 @@ class Schedule:
 
 
 def first_weights(
-    objective: Objective, d_model: int, d_dict: int, seed: int, device: torch.device | str = "cpu"
+    objective: Objective,
+    d_model: int,
+    d_dict: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    d_out: int | None = None,
+    sites: int = 1,
 ) -> dict[str, Tensor]:
     """Random decoder rows of norm 1, the encoder along them, no biases, and what the objective adds or changes.
 
     Drawn on the CPU, so that a seed means the same weights everywhere.
+
+    :param d_out: width of what is reconstructed, where that is not what is read: decoder rows are then random on their
+        own.
+    :param sites: how many sites what is read is made of. Rows have the same direction at each at first: a feature of
+        two models then keeps one direction in both (median cosine .98 in place of .52 where little differs).
     """
-    draw = torch.randn(d_dict, d_model, generator=torch.Generator().manual_seed(seed))
-    decoder = draw / draw.norm(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    encoder = decoder = _unit_rows(d_dict, d_model // sites, generator).repeat(1, sites) / sites**0.5
+    if d_out is not None:
+        decoder = _unit_rows(d_dict, d_out, generator)
     weights = {
-        "W_enc": FIRST_ENCODER_SCALE * decoder,
+        "W_enc": FIRST_ENCODER_SCALE * encoder,
         "b_enc": torch.zeros(d_dict),
         "W_dec": decoder,
-        "b_dec": torch.zeros(d_model),
+        "b_dec": torch.zeros(decoder.shape[1]),
         **objective.extra_weights(d_dict),
         **objective.tracked(d_dict),
     }
     return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
+def first_joint_weights(joint: Joint, seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Those of every member, each drawn from a stream of its own, and their one b_dec."""
+    d, d_dict = joint.d, joint.d_dict
+    weights: dict[str, Tensor] = {"b_dec": torch.zeros(joint.outputs * d)}
+    for m, first in enumerate(joint.first):
+        generator = torch.Generator().manual_seed(seed * MEMBERS + m)
+        weights[f"{m}.W_enc"] = FIRST_ENCODER_SCALE * _unit_rows(d_dict, d, generator)
+        weights[f"{m}.b_enc"] = torch.zeros(d_dict)
+        weights[f"{m}.W_dec"] = _unit_rows(d_dict, (joint.outputs - first) * d, generator)
+    weights |= joint.extra_weights(d_dict) | joint.tracked(d_dict)
+    return {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def _unit_rows(n: int, width: int, generator: torch.Generator) -> Float[Tensor, "n width"]:
+    draw = torch.randn(n, width, generator=generator)
+    return draw / draw.norm(dim=1, keepdim=True)
+
+
 class Trainer:
-    """Takes training steps on normalised vectors (mean ‖x‖² = 1).
+    """Takes training steps on normalised vectors (mean ‖x‖² = 1 at every site).
 
     If the objective asks for it, decoder rows keep norm 1: the part of their gradient along the row is taken out
     before the optimizer sees it, and rows are scaled back after its step. Random numbers depend on the step's number
@@ -100,8 +135,9 @@ class Trainer:
         """Of the last step, before clipping."""
         self.resampled = 0
         """Features resampled so far."""
-        d_dict = weights["W_dec"].shape[0]
-        self.idle = torch.zeros(d_dict, dtype=torch.int64, device=weights["W_dec"].device)
+        self._decoders = [name for name in weights if name.rpartition(".")[2] == "W_dec"]
+        decoder, d_dict = weights[self._decoders[0]], weights[self._decoders[0]].shape[0]
+        self.idle = torch.zeros(d_dict * len(self._decoders), dtype=torch.int64, device=decoder.device)
         self._dead_after = dead_after
         self._clip_norm = clip_norm
         self._low_precision = precision == "bfloat16"
@@ -126,15 +162,16 @@ class Trainer:
         """Whether every weight is a finite number: a feature whose weights are not may never be selected again."""
         return all(bool(tensor.isfinite().all()) for tensor in self.weights.values())
 
-    def step(self, x: Float[Tensor, "batch d_model"]) -> Step:
+    def step(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"] | None = None) -> Step:
         """Take one step.
 
+        :param y: what is to be reconstructed; ``x`` itself by default.
         :raises NonFiniteError: the loss or its gradient is NaN or infinite; nothing has been changed.
         """
         sparsity = self.schedule.sparsity(self.done)
         context = Context(self.dead, self.done / self.schedule.steps, sparsity)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._low_precision):
-            step = self.objective.step(self.weights, x, context)
+            step = self.objective.step(self.weights, x, context, *(() if y is None else (y,)))
         self._update(self._usable(step))
         for name, tensor in step.tracked.items():
             self.weights[name].copy_(tensor)
@@ -174,10 +211,10 @@ class Trainer:
     def _usable(self, step: Step) -> Gradients:
         """Gradients of the learned weights as the optimizer takes them: projected, checked, clipped."""
         gradients = {name: step.gradients[name].to(w.dtype) for name, w in self._learned.items()}
-        if self.objective.unit_decoder:
-            decoder = self.weights["W_dec"]
-            along = (gradients["W_dec"] * decoder).sum(dim=1, keepdim=True)
-            gradients["W_dec"].addcmul_(along, decoder, value=-1)
+        for name in self._decoders if self.objective.unit_decoder else ():
+            decoder = self.weights[name]
+            along = (gradients[name] * decoder).sum(dim=1, keepdim=True)
+            gradients[name].addcmul_(along, decoder, value=-1)
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         loss, self.gradient_norm = torch.stack([step.reconstruction + step.auxiliary, norm]).tolist()
         if not math.isfinite(loss):
@@ -194,8 +231,8 @@ class Trainer:
             tensor.grad = gradients[name]
         self._optimizer.param_groups[0]["lr"] = self.schedule.at(self.done)
         self._optimizer.step()
-        if self.objective.unit_decoder:
-            decoder = self.weights["W_dec"]
+        for name in self._decoders if self.objective.unit_decoder else ():
+            decoder = self.weights[name]
             decoder /= decoder.norm(dim=1, keepdim=True)
 
     def _resample(self, x: Float[Tensor, "batch d_model"], resampling: Resampling) -> None:

@@ -88,7 +88,8 @@ def describe_features(inputs: Mapping[str, Path], params: Mapping[str, Any], out
         entry["logits"] = {side: reader.named(tokens) for side, tokens in sides.items()}
     tokens = 0
     if dictionary.W_enc is not None:
-        tokens = _add_text(described, reader, inputs, params)
+        text = open_text([site], inputs["activations"], inputs["corpus"])
+        tokens = add_text(described, reader, text, params)
         _add_task(described, reader, inputs)
     facts = {"kind": dictionary.kind, "d_dict": dictionary.d_dict, "settings": dict(dictionary.settings)}
     value = {
@@ -109,10 +110,11 @@ def _chosen(nodes: Mapping[str, np.ndarray], site: str, top: int) -> Int64[np.nd
 
 @dataclass(frozen=True)
 class Text:
-    """The corpus with a site's activations, in batches of whole blocks."""
+    """The corpus with the activations that a dictionary reads, in batches of whole blocks."""
 
     store: Store
-    site: str
+    sites: tuple[str, ...]
+    """Of several, vectors lie side by side."""
     block: int
     tokens: Int64[np.ndarray, " rows"]
     passage: Int64[np.ndarray, " rows"]
@@ -126,7 +128,8 @@ class Text:
         for start in range(0, len(self.tokens), step):
             stop = min(start + step, len(self.tokens))
             if wanted is None or np.any((wanted >= start) & (wanted < stop)):
-                yield start, self.store.read(self.site, start, stop)
+                parts = [self.store.read(site, start, stop) for site in self.sites]
+                yield start, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def window(self, row: int, reach: int) -> np.ndarray:
         """Rows at most ``reach`` away in the same passage: all that attention saw of the same text."""
@@ -134,20 +137,22 @@ class Text:
         return near[self.passage[near] == self.passage[row]]
 
 
-def _open_text(site: str, activations: Path, corpus: Path) -> Text:
+def open_text(sites: Sequence[str], activations: Path, corpus: Path) -> Text:
+    """The corpus beside its activations at one site, or at several of one store."""
     words, store = open_store(corpus), open_store(activations)
     tokens, documents = (words.read(name).astype(np.int64) for name in ("tokens", "documents"))
     block = tokens.shape[1]
     row = np.arange(tokens.size)
     starts = (row % block == 0) | (np.diff(documents.ravel(), prepend=-1) != 0)
-    return Text(store, site, block, tokens.ravel(), starts.cumsum() - 1)
+    return Text(store, tuple(sites), block, tokens.ravel(), starts.cumsum() - 1)
 
 
-def _add_text(
-    described: list[dict[str, Any]], reader: Reader, inputs: Mapping[str, Path], params: Mapping[str, Any]
-) -> int:
-    """Densities, histograms, tokens and contexts from the corpus; gives the number of its tokens."""
-    text = _open_text(reader.site, inputs["activations"], inputs["corpus"])
+def add_text(described: list[dict[str, Any]], reader: Reader, text: Text, params: Mapping[str, Any]) -> int:
+    """Densities, histograms, tokens and contexts from the corpus; gives the number of its tokens.
+
+    :param described: an entry for each of the reader's features, to be added to.
+    :param params: ``contexts`` (per feature) and ``window`` (tokens on each side of the peak).
+    """
     strengths, tally = Strengths(len(described)), TokenTally(reader.vocabulary)
     best = BestPlaces(params["contexts"] * SPARE)
     for start, x in text.batches():

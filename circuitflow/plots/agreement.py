@@ -11,39 +11,44 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from circuitflow.jobs import Output
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
-from circuitflow.plots.tables import Table, in_depth_order, rows
+from circuitflow.plots.tables import Table, in_depth_order, rows, unit_of
 from circuitflow.store.tables import read_table
 
 DODGE = 1.04  # factor between the places of neighbouring sites, so that equal overlaps do not hide each other
 NOTE = (
     "Left: one mark per node, symmetric log scale; on the line the splits agree. Right: share of the top "
     "k nodes by |IE| on train that are also among the top k on test, with 95 % bootstrap intervals over "
-    "test pairs. Spearman: {spearman}."
+    "test pairs. Spearman: {spearman}. Nodes (n): {ranked}."
 )
 
 
 def plot_agreement(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. Scores on test against scores on train, and the overlap of the top k.
 
-    Inputs ``nodes`` and ``agreement`` (tables of rank_features); params ``style``; outputs ``png``, ``svg``.
+    Inputs ``nodes`` and ``agreement`` (tables of rank_features); params ``style``, optionally
+    ``metric``; outputs ``png``, ``svg``.
     """
     style = style_of(params)
     with drawing(style):
-        save(draw(read_table(inputs["nodes"]), read_table(inputs["agreement"]), style), out, style)
+        metric = params.get("metric")
+        unit = unit_of(metric) if metric else "units of m"
+        save(draw(read_table(inputs["nodes"]), read_table(inputs["agreement"]), style, unit), out, style)
 
 
-def draw(nodes: Table, agreement: Table, style: Style) -> Figure:
+def draw(nodes: Table, agreement: Table, style: Style, unit: str = "units of m") -> Figure:
     """The figure, from the tables of nodes and of agreement."""
     sites = in_depth_order(agreement["site"])
     figure = new_figure(7.4, 3.7)
     left, right = figure.subplots(1, 2)
-    _scatter(left, nodes, style)
+    _scatter(left, nodes, style, unit)
     _overlap(right, agreement, sites, style)
-    footnote(figure, NOTE.format(spearman=_spearman(agreement, sites)), style)
+    counts = {site: int(rows(agreement, site=site)["nodes"][0]) for site in sites}
+    ranked = ", ".join(f"{site} {count}" for site, count in counts.items())
+    footnote(figure, NOTE.format(spearman=_spearman(agreement, sites), ranked=ranked), style)
     return figure
 
 
-def _scatter(axes: Axes, nodes: Table, style: Style) -> None:
+def _scatter(axes: Axes, nodes: Table, style: Style, unit: str) -> None:
     scores = np.concatenate([nodes["score_train"], nodes["score_test"]])
     size = float(np.abs(scores).max()) or 1.0
     linear = max(float(np.quantile(np.abs(scores), 0.5)), size * 1e-3)
@@ -75,8 +80,8 @@ def _scatter(axes: Axes, nodes: Table, style: Style) -> None:
         xlim=(-limit, limit),
         ylim=(-limit, limit),
         title="Node scores",
-        xlabel="IE on train",
-        ylabel="IE on test",
+        xlabel=f"IE on train ({unit})",
+        ylabel=f"IE on test ({unit})",
     )
     axes.legend(loc="upper left", handletextpad=0.1)
     grid(axes, "both")

@@ -23,7 +23,8 @@ LEAST = 1e-4
 NOTE = (
     "Each mark is a {unit_of} patched alone, n = {n} test pairs; bars: 95 % intervals over pairs; hollow: effect and "
     "score "
-    "have different signs; on the dashed line both agree; dotted: the weakest |score| in the circuit. Right: Σ|effect| "
+    "have different signs; on the dashed line both agree; dotted: the weakest |effect| "
+    "measured in the circuit. Right: Σ|effect| "
     "of all single {plural}, estimated from {measured} measured (of {population}): errors and the strongest all, "
     "middle "
     "and rest at random; whisker: one-sided 95 % bound (approximate). Single effects need not add up to a joint one."
@@ -78,8 +79,18 @@ def verdicts(summary: Table) -> dict[str, str]:
             float(part[name][0]) if len(part[name]) else np.nan for name in ("share", "share_upper")
         )
         if np.isfinite(share):
-            found[what] = f"{percent(share)} of Σ|effect| lies outside, at most {percent(upper)} (95 %)"
+            pairs = f"of these {counted(int(part['n'][0]), 'pair')}"
+            bound = f", at most {percent(upper)} (95 %, {pairs})"
+            if everything_measured(summary, what):
+                bound = f" (all measured, {pairs})"
+            found[what] = f"{percent(share)} of Σ|effect| lies outside{bound}"
     return found
+
+
+def everything_measured(summary: Table, what: str) -> bool:
+    """Whether all nodes (or edges) were measured, in and out of the circuit, so that nothing is estimated."""
+    part = rows(summary, what=what, stratum="all")
+    return bool((part["measured"] == part["population"]).all())
 
 
 def remark(summary: Table) -> str:
@@ -115,7 +126,7 @@ def _scatter(axes: Axes, table: Table, summary: Table, what: str, style: Style) 
         _marks(axes, part, colour, low)
     threshold = float(summary["threshold"].max(initial=0))
     if threshold > low:
-        axes.axvline(threshold, color=style.palette.muted, linewidth=0.9, linestyle=":")
+        axes.axhline(threshold, color=style.palette.muted, linewidth=0.9, linestyle=":")
     for which in "xy":
         log_axis(axes, which, [low, top])
     grid(axes, "both")
@@ -182,7 +193,8 @@ def _sums(axes: Axes, summary: Table, what: str, style: Style) -> None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     grid(axes, "x")
-    axes.set_title(verdicts(summary).get(what, what.capitalize()))
+    title = verdicts(summary).get(what, what.capitalize())
+    axes.set_title(title.replace(" lies outside, ", " lies outside,\n").replace(" (all", "\n(all"))
     swatches = [
         Line2D([], [], marker="s", linestyle="", color=style.palette.muted, alpha=SHADES[name], label=name)
         for name in STRATA
@@ -195,12 +207,17 @@ def _conservation(summary: Table, unit: str) -> str:
     bound = rows(summary, what="nodes", side="outside", stratum="all")
     beyond = ""
     if len(bound["beyond"]):
-        beyond = (
-            f" Outside, {whole(float(bound['beyond'][0]))} measured nodes have a larger |effect| than the circuit's "
-            f"weakest "
-            f"|score|; of all {whole(float(bound['population'][0]))} at most "
-            f"{whole(float(bound['beyond_upper'][0]))} (95 %, exact)."
+        count, whole_count, most = (
+            whole(float(bound[name][0])) for name in ("beyond", "population", "beyond_upper")
         )
+        least = f"than the weakest measured in the circuit ({number(float(bound['threshold'][0]), 2)} {unit})"
+        if bound["measured"][0] == bound["population"][0]:
+            beyond = f" Outside, {count} of all {whole_count} nodes have a larger |effect| {least}."
+        else:
+            beyond = (
+                f" Outside, {count} measured nodes have a larger |effect| {least}; of all {whole_count} at most {most} "
+                "(95 %, exact)."
+            )
     if not np.isfinite(residual):
         return f"The circuit does not tell how far its edges conserve effects.{beyond}"
     return (

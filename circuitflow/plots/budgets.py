@@ -19,13 +19,10 @@ MARKERS = "osDv^P<>"
 LIMITS = (-0.6, 1.6)
 NOTE = (
     "n = {n} test prompts. F(C) = (m(C) − m(∅)) / (m(M) − m(∅)) with the contender's strongest nodes; bands and "
-    "bars: 95 % "
-    "bootstrap intervals over prompts; differences {paired}. {ablated}{aggregate}. CPR: area under F over the share "
-    "of the "
-    "contender's own nodes, CMD: under |1 − F|. Circuits: Jaccard overlap of equally many nodes; where dictionaries "
-    "differ, "
-    "features that are each other's nearest by decoder direction count as the same; – : no nodes that can be "
-    "compared.{outside}"
+    "bars: 95 % bootstrap intervals over prompts; differences {paired}. {ablated}{aggregate}.{differently} CPR: "
+    "area under F over the share of the contender's own nodes, CMD: under |1 − F|. Circuits: Jaccard overlap of "
+    "equally many nodes; where dictionaries differ, features that are each other's nearest by decoder direction "
+    "count as the same; – : no nodes that can be compared.{outside}"
 )
 
 
@@ -76,12 +73,16 @@ def _note(
     tables: Mapping[str, Table], conventions: Mapping[str, Any], ablation: str | None, outside: int
 ) -> str:
     sizes = sorted(set(map(int, tables["comparison"]["n"])))
+    differently: Mapping[str, str] = conventions.get("differently") or {}
     paired = tables["differences"].get("paired", np.ones(1, bool))
     return NOTE.format(
         n="–".join(map(str, sorted({sizes[0], sizes[-1]}))),
-        paired="are paired by prompt" if np.all(paired) else "are paired where the prompts are the same",
+        paired="are paired by prompt"
+        if np.all(paired)
+        else "are paired where prompts and ablation are the same",
         ablated=f"Ablation: {ablation}; " if ablation else "",
         aggregate=str(conventions.get("aggregate", "ratio_of_means")).replace("_", " "),
+        differently="".join(f" {name}: {under}." for name, under in differently.items()),
         outside=f" {outside} points lie outside the picture." if outside else "",
     )
 

@@ -16,6 +16,7 @@ from circuitflow.plots.error_series import (
     notes,
     places,
     say_nothing,
+    scores_of,
     series,
     window_names,
 )
@@ -24,7 +25,7 @@ from circuitflow.plots.style import Style, footnote, new_figure
 from circuitflow.plots.tables import Table, rows
 
 NOTE = (
-    " Predicted: 1 + Σ score / (m(M) − m(∅)), from the AtP scores of the test pairs. Thresholds are shares of the "
+    " Predicted: 1 + Σ score / (m(M) − m(∅)), from the {scores} of the test pairs. Thresholds are shares of the "
     "largest |score| of any node. Positions count back from the token at which the answer is read (0); shorter prompts "
     "are left out where they have none."
 )
@@ -33,7 +34,8 @@ NOTE = (
 def plot_error_ablation(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. F with the errors of single layers, of strong ones, and at single positions ablated.
 
-    Input ``experiments`` (table of ablate_error_nodes); params ``style``; outputs ``png``, ``svg``.
+    Input ``experiments`` (table of ablate_error_nodes); params ``style``, optionally ``method`` (of the scores);
+    outputs ``png``, ``svg``.
     """
     figure_of_experiments(inputs, params, out, draw)
 
@@ -58,7 +60,7 @@ def draw(table: Table, facts: Mapping[str, Any], style: Style) -> Figure:
             faithfulness_axis(panel, both, style)
     if names:
         _positions(figure.add_subplot(spec[1, :]), single, names, style)
-    footnote(figure, notes(both, facts) + NOTE, style)
+    footnote(figure, notes(both, facts) + NOTE.format(scores=scores_of(facts)), style)
     return figure
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
 from circuitflow.models.sites import parse_site
+from circuitflow.plots.methods import NAMES
 from circuitflow.plots.style import TINY, Style, drawing, grid, save, style_of
 from circuitflow.plots.tables import Table
 from circuitflow.store.tables import read_provenance, read_table
@@ -33,6 +34,7 @@ def figure_of_experiments(
     """What every stage that draws the table of experiments does."""
     style = style_of(params)
     table, facts = experiments_of(inputs)
+    facts = {**facts, "method": params.get("method")}
     with drawing(style):
         save(draw(table, facts, style), out, style)
 
@@ -40,6 +42,14 @@ def figure_of_experiments(
 def experiments_of(inputs: Mapping[str, Path]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The table of ablate_error_nodes and what its provenance says."""
     return read_table(inputs["experiments"]), read_provenance(inputs["experiments"])
+
+
+def scores_of(facts: Mapping[str, Any]) -> str:
+    """The scores of nodes by their method, where the figure was told (``facts["method"]``)."""
+    method = facts.get("method")
+    return (
+        f"{NAMES.get(str(method), str(method))} scores" if method else "scores (of the run's scores.method)"
+    )
 
 
 def layers(first: str, last: str) -> str:

@@ -14,6 +14,7 @@ from circuitflow.plots.error_series import (
     faithfulness_axis,
     notes,
     places,
+    scores_of,
     series,
     window_names,
 )
@@ -29,7 +30,7 @@ TITLES = {
 WIDTH = 12.0
 """Inches within which panels stand side by side."""
 NOTE = (
-    " Below: Σ of the ablated errors' AtP scores on test pairs, by which m would rise if it were linear; the marks "
+    " Below: Σ of the ablated errors' {scores} on test pairs, by which m would rise if it were linear; the marks "
     "above are the F that follows from it. Windows count layers that have a site in this run."
 )
 
@@ -37,11 +38,13 @@ NOTE = (
 def plot_error_windows(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. F of sliding and growing windows of ablated errors, and Σ score of each window.
 
-    Input ``experiments`` (table of ablate_error_nodes); params ``style``, optionally ``metric``; outputs ``png``,
+    Input ``experiments`` (table of ablate_error_nodes); params ``style``, optionally ``metric`` and ``method`` (of
+    the scores); outputs ``png``,
     ``svg``.
     """
     style = style_of(params)
     table, facts = experiments_of(inputs)
+    facts = {**facts, "method": params.get("method")}
     with drawing(style):
         save(draw(table, facts, style, unit_of(params.get("metric"))), out, style)
 
@@ -90,7 +93,7 @@ def draw(table: Table, facts: Mapping[str, Any], style: Style, unit: str = "logi
         below.set(ylim=(least, most), ylabel=f"Σ IE ({unit})" if leftmost else "")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2)
-    footnote(figure, notes(shown, facts) + NOTE, style)
+    footnote(figure, notes(shown, facts) + NOTE.format(scores=scores_of(facts)), style)
     return figure
 
 

@@ -1,5 +1,6 @@
 """Figure: how much of the model's behaviour circuits of growing size keep, and what is left without them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ SERIES = {
     "random": "random circuits",
     "neurons": "circuits of neurons",
 }
-SHOWN_CONVENTIONS = ("ablation", "start", "aggregate")
+ABLATIONS = {"patched": "patched values", "resample": "resampled values"}
 LIMITS = (-0.6, 1.6)  # beyond these a ratio says only "broken"
 """F is drawn at most within this range; outliers are marked at its edge."""
 
@@ -80,7 +81,16 @@ def _assembled(axes: Axes, part: Table, series: str, style: Style) -> None:
     if len(part["nodes"]):
         look = {"color": getattr(style.palette, series), "markeredgecolor": style.palette.text, "zorder": 4}
         label = "the assembled circuit" if series == "circuit" else None
-        axes.plot(part["nodes"], part["F"], "*", markersize=12, markeredgewidth=0.8, label=label, **look)
+        axes.plot(
+            part["nodes"],
+            part["F"],
+            "*",
+            linestyle="",
+            markersize=12,
+            markeredgewidth=0.8,
+            label=label,
+            **look,
+        )
 
 
 def _random(axes: Axes, part: Table, style: Style) -> None:
@@ -129,10 +139,33 @@ def _scales(axes: Axes, table: Table) -> None:
 def _note(table: Table, conventions: Mapping[str, Any]) -> str:
     n = int(table["n"].max())
     outside = int(np.sum((table["F"] < LIMITS[0]) | (table["F"] > LIMITS[1])))
-    said = "; ".join(f"{name}: {conventions[name]}" for name in SHOWN_CONVENTIONS if name in conventions)
+    said = ". ".join(in_words(conventions))
     return (
         f"n = {n} test prompts. F(C) = (m(C) − m(∅)) / (m(M) − m(∅)); m: metric, M: whole model, ∅: empty circuit. "
         "Bands: 95 % bootstrap intervals over prompts; grey: median and 95 % of the random draws."
         + (f" {outside} points lie outside the picture." if outside else "")
-        + (f"\n{said[:1].upper()}{said[1:]}." if said else "")
+        + (f"\n{said}." if said else "")
+    )
+
+
+def in_words(conventions: Mapping[str, Any]) -> list[str]:
+    """The ablation, the first ablated site and the average, as sentences without their points."""
+    found = []
+    if "ablation" in conventions:
+        name, _, become = str(conventions["ablation"]).partition(": ")
+        found.append(f"Ablation by {ABLATIONS.get(name, name)}" + (f": {become}" if become else ""))
+    if "start" in conventions:
+        found.append(sentence_of_start(str(conventions["start"])))
+    if "aggregate" in conventions:
+        found.append(f"F: {str(conventions['aggregate']).replace('_', ' ')} over prompts")
+    return found
+
+
+def sentence_of_start(start: str) -> str:
+    """Where ablation begins; tables of before say "layers up to" the first ablated site, which is not free itself."""
+    told = re.fullmatch(r"(?:layers up to|everything before) (\S+) (?:are|is) free (.*)", start)
+    return (
+        f"What comes before {told[1]}, the first ablated site, is free {told[2]}"
+        if told
+        else start.capitalize()
     )

@@ -30,16 +30,32 @@ def plot_outliers(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Ou
     style = style_of(params)
     table = read_table(inputs["prompts"])
     with drawing(style):
-        save(draw(table, style, unit_of(params.get("metric"))), out, style)
+        save(draw(table, style, unit_of(params.get("metric")), said_of(params.get("metric"))), out, style)
 
 
-def draw(table: Table, style: Style, unit: str = "logits") -> Figure:
-    """The figure, from the table of prompts."""
+MEANS = {
+    "logit_difference": "negative: the model is right",
+    "kl": "0: as the whole model; the lower, the nearer to it",
+}
+"""What values of the metric say."""
+
+
+def said_of(metric: Mapping[str, Any] | None) -> str:
+    """What values of a metric say; a logit difference if nothing is said."""
+    kind = str((metric or {}).get("kind", "logit_difference"))
+    return MEANS.get(kind, "the lower, the more the model is right")
+
+
+def draw(table: Table, style: Style, unit: str = "logits", means: str = MEANS["logit_difference"]) -> Figure:
+    """The figure, from the table of prompts.
+
+    :param means: what values of the metric say.
+    """
     part = rows(main_rows(table), series="circuit", source=ASSEMBLED)
     figure = new_figure(9.8, 6.6)
     axes = figure.subplots(2, 2)
     beyond = _of_ratios(axes[0, 0], part, style)
-    _of_m(axes[0, 1], part, style, unit)
+    _of_m(axes[0, 1], part, style, f"{unit}; {means}")
     _against(axes[1, 0], part, "m_full", style)
     axes[1, 0].set(xlabel=f"m(M), whole model ({unit})", title="F against m(M)")
     part = {**part, "reach": part["m_full"] - part["m_empty"]}
@@ -89,7 +105,7 @@ def _of_m(axes: Axes, part: Table, style: Style, unit: str) -> None:
         axes.hist(part[name], bins=edges, histtype="stepfilled", color=colour, alpha=0.28)
         axes.hist(part[name], bins=edges, histtype="step", color=colour, linewidth=1.4, label=label)
     axes.axvline(0, color=palette.muted, linewidth=0.9, linestyle=":")
-    axes.set(xlabel=f"m ({unit}; negative: the model is right)", ylabel="prompts", title="The metric")
+    axes.set(xlabel=f"m ({unit})", ylabel="prompts", title="The metric")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.35)
     axes.legend(loc="upper left", fontsize=style.font_size * 0.78)
     grid(axes)

@@ -20,8 +20,8 @@ ACROSS = 4
 PANELS = 12
 EVERYWHERE = "all"
 NOTE = (
-    "Effect: (m patched − m clean) / (m corrupt − m clean) of a node patched alone; score: the method's estimate of "
-    "it. "
+    "Effect: (m patched − m clean) / (m corrupt − m clean) of a node patched alone (for the metric kl, which is flat "
+    "on the clean run: by putting it back to its clean value in the patched one); score: the method's estimate of it. "
     "Above: r, and slope by least squares with intercept, per site and method, with 95 % intervals over pairs; 1 is "
     "right. Below: {method}; a mark is a node ({nodes} in all), bars are 95 % intervals of its effect, the dashed "
     "line is "
@@ -71,7 +71,7 @@ def draw(
         if place % across == 0:
             axes.set_ylabel("effect of patching (share)")
         if not place:
-            axes.legend(loc="upper left", handletextpad=0.1, borderaxespad=0.2)
+            axes.legend(loc="best", handletextpad=0.1, borderaxespad=0.2)
     cut = f" {outside} slopes lie outside the frame." if outside else ""
     left = f" {len(panels)} of {len(sites)} sites are shown below." if len(panels) < len(sites) else ""
     note = NOTE.format(
@@ -99,15 +99,17 @@ def _summary(figure: Figure, spec: Any, table: Table, names: Sequence[str], styl
     by_site(pearson, table, names, "pearson", style)
     by_site(slope, table, names, "slope", style)
     pearson.set(title="Pearson correlation of effects and scores", ylabel="r")
-    pearson.set_ylim(top=1.03)
+    low = min(pearson.get_ylim()[0], 0.9)
+    pearson.set_ylim(low, 1 + 0.02 * (1 - low))
+    pearson.set_yticks([tick for tick in pearson.get_yticks() if low <= tick <= 1 + 1e-9])
     pearson.tick_params(labelbottom=False)
     pearson.legend(loc="lower right", ncols=max(len(names), 1), bbox_to_anchor=(1, 1), borderaxespad=0.1)
     slope.set(title="Slope of effects on scores", ylabel="effect / score")
     known = table["slope"][np.isfinite(table["slope"])]
     if not len(known) or known.min() <= 0:
         return bounded(slope, table["slope"])
-    low, high = (table[name][np.isfinite(table[name])] for name in ("slope_low", "slope_high"))
-    log_axis(slope, "y", [1.0, *known, *low[low > 0], *high])
+    lower, upper = (table[name][np.isfinite(table[name])] for name in ("slope_low", "slope_high"))
+    log_axis(slope, "y", [1.0, *known, *lower[lower > 0], *upper])
     return 0
 
 

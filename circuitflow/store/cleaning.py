@@ -36,7 +36,7 @@ def unreferenced(results: Path) -> list[Leftover]:
     """
     found = []
     for objects in results.glob(f"*/{OBJECTS}"):
-        named = _named_objects(objects.parent)
+        named = _needed_objects(objects.parent)
         folders = [folder for folder in objects.iterdir() if folder.is_dir()]
         found += [_leftover(folder) for folder in folders if folder.name not in named and not is_busy(folder)]
     return sorted(found, key=lambda leftover: (-leftover.size, leftover.path))
@@ -50,7 +50,7 @@ def remove(leftovers: Iterable[Leftover]) -> list[Leftover]:
     :raises UserError: as for :func:`unreferenced`.
     """
     wanted = list(leftovers)
-    named = {model: _named_objects(model) for model in {_model(leftover) for leftover in wanted}}
+    named = {model: _needed_objects(model) for model in {_model(leftover) for leftover in wanted}}
     idle = [leftover for leftover in wanted if leftover.path.name not in named[_model(leftover)]]
     return [leftover for leftover in idle if _remove(leftover.path)]
 
@@ -59,12 +59,24 @@ def _model(leftover: Leftover) -> Path:
     return leftover.path.parent.parent
 
 
-def _named_objects(model: Path) -> set[str]:
-    """Objects that an artefact of a model's folder points to or was copied from."""
+def _needed_objects(model: Path) -> set[str]:
+    """Objects that an artefact of a model's folder points to or was copied from, or was made with.
+
+    Results name what they were made with by content: an object stays while a kept result says so, although its
+    manifest has since been replaced by another's (as when a second task takes dictionaries of the same name).
+    """
     names: set[str] = set()
+    contents: set[str] = set()
     for path in _artefacts(model):
         value = read_json(path) if path.suffix == ".json" else {"provenance": read_provenance(path)}
         names.update(_names_in(value))
+        contents.update(_contents_in(value))
+    records = {path.parent.name: read_json(path) for path in sorted(model.glob(f"{OBJECTS}/*/{RECORD}"))}
+    contents -= {records[name]["content"] for name in names if name in records}
+    for name, record in records.items():  # of objects with equal content one is enough
+        if record["content"] in contents:
+            contents.remove(record["content"])
+            names.add(name)
     return names
 
 
@@ -83,6 +95,23 @@ def _names_in(value: Any) -> Iterator[str]:
         ledgers = value.get("ledgers")
         yield from ledgers if isinstance(ledgers, list) else ()
         yield from _names_in(value.get("provenance"))
+
+
+def _contents_in(value: Any) -> Iterator[str]:
+    """Digests of what an artefact was made from."""
+    provenance = value.get("provenance") if isinstance(value, dict) else None
+    if isinstance(provenance, dict):
+        yield from _texts(provenance.get("inputs"))
+        yield from _texts(provenance.get("dictionaries"))
+        yield from _contents_in(provenance)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _leftover(folder: Path) -> Leftover:

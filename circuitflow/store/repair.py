@@ -17,6 +17,10 @@ from circuitflow.store.objects import Manifest, ObjectFolder, Recipe, content_of
 STAGES = {
     "tokenize_corpus": "circuitflow.data.corpus:tokenize_corpus",
     "cache_activations": "circuitflow.data.activations:cache_activations",
+    "cache_transcoder_activations": "circuitflow.data.activations:cache_activations",
+    "cache_crosscoder_activations": "circuitflow.data.activations:cache_activations",
+    "cache_first_activations": "circuitflow.data.activations:cache_activations",
+    "cache_second_activations": "circuitflow.data.activations:cache_activations",
     "cache_gradients": "circuitflow.attribution.gradients:cache_gradients",
 }
 """Stages that make stores. Named as text, so that checking a store imports no model."""

@@ -2,7 +2,10 @@
 
 FOLDER/{name}/layer_N.safetensors and config.yaml as the library saves and wants them, FOLDER/{name}.safetensors x,
 features and reconstruction of layer 1, loaded with the library again. Gemma Scope files, of both generations, are
-written in their layout and computed by the library's own loaders of them.
+written in their layout and computed by the library's own loaders of them. Cross-layer transcoders: x, features and
+reconstruction have the layer as their first dimension.
+
+``read FOLDER``: for each set in it, loaded by the library as its config.yaml says, the same beside it.
 """
 
 import sys
@@ -11,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from circuit_tracer.transcoder import cross_layer_transcoder as cross
 from circuit_tracer.transcoder import single_layer_transcoder as library
-from circuit_tracer.transcoder.activation_functions import JumpReLU
+from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
 from safetensors.torch import save_file
 
 D, F, N = 12, 40, 50
@@ -53,6 +57,50 @@ def write(root):
         cpu = torch.device("cpu")
         keep(root, name, library.load_transcoder_set(paths, "toy", **HOOKS, device=cpu)[1])
     gemma_scope_2(root)
+    for name, activation in (("clt_relu", "relu"), ("clt_jumprelu", "jump_relu")):
+        cross_layer(root, name, activation)
+
+
+def cross_layer(root, name, activation):
+    """A cross-layer transcoder of three layers, saved by the library and loaded again."""
+    made = cross.CrossLayerTranscoder(
+        3, F, D, activation, lazy_decoder=False, device=torch.device("cpu"), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    made.to_safetensors(str(root / name))
+    keep_all(root, name, load_cross_layer(root / name))
+
+
+def load_cross_layer(folder):
+    return cross.load_clt(str(folder), device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=False)
+
+
+def keep_all(root, name, loaded):
+    width = loaded.b_dec.shape[1] if hasattr(loaded, "b_dec") else loaded[0].d_model
+    x = torch.randn(loaded.n_layers, N, width)
+    with torch.no_grad():
+        features = loaded.encode(x)
+        reconstruction = loaded.decode(features, x)
+    save_file({"x": x, "features": features, "reconstruction": reconstruction}, root / f"{name}.safetensors")
+
+
+def read(root):
+    for config in sorted(root.glob("*/config.yaml")):
+        folder, told = config.parent, yaml.safe_load(config.read_text())
+        if told["model_kind"] == "cross_layer_transcoder":
+            keep_all(root, folder.name, load_cross_layer(folder))
+            continue
+        paths = {layer: str(path) for layer, path in enumerate(sorted(folder.glob("layer_*.safetensors")))}
+        hooks = {key: told[key] for key in HOOKS}
+        assert hooks == HOOKS, hooks
+        cpu = torch.device("cpu")
+        loaded = library.load_transcoder_set(paths, told["scan"], **hooks, device=cpu)
+        if told.get("activation") == "topk":  # as later versions do
+            for one in loaded:
+                one.activation_function = TopK(told["k"])
+        keep_all(root, folder.name, loaded)
 
 
 def gemma_scope_2(root):
@@ -89,4 +137,4 @@ def gemma_scope_2(root):
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    {"write": write}[sys.argv[1]](Path(sys.argv[2]))
+    {"write": write, "read": read}[sys.argv[1]](Path(sys.argv[2]))

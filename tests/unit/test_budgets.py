@@ -1,10 +1,12 @@
 """Contenders at equal budgets, against hand-made tables of m and hand-made circuits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from circuitflow.circuits.budget_tables import compare_budgets, read_contender
-from circuitflow.circuits.budgets import scored_pairs
+from circuitflow.circuits.budgets import means_over, scored_pairs
 from circuitflow.circuits.circuit import Circuit, Node, write_circuit
 from circuitflow.config_validation import ComparisonSection
 from circuitflow.errors import UserError
@@ -21,6 +23,8 @@ CURVES = {
     "other": {1: 0.2, 2: 0.6, 4: 1.0},
 }
 
+METRIC = {"kind": "logit_difference", "wrong_answers": "logsumexp"}
+HOW = {"metric": METRIC, "ablation": "mean", "means": "train"}
 PAIRS = {"run": 60, "worse": 48}
 
 
@@ -48,7 +52,7 @@ def compare(tmp_path):
             "m_empty": np.tile(EMPTY, len(count)),
             "m_full": np.tile(FULL, len(count)),
         }
-        write_table(tmp_path / f"{name}.parquet", columns)
+        write_table(tmp_path / f"{name}.parquet", columns, {"params": compute.how.get(name, HOW)})
         nodes = (Node("resid.0", "feature", 1, 1.0), Node("resid.0", "feature", 2 + len(name), 0.5))
         selection = {} if name == "other" else {"pairs": PAIRS[name]}
         write_circuit(tmp_path / f"{name}.json", Circuit(("resid.0",), nodes, (), selection))
@@ -68,7 +72,7 @@ def compare(tmp_path):
         compare_budgets(inputs, {**common, **params}, Output(tmp_path, files, {}))
         return {name: read_table(path) for name, path in files.items()}, read_provenance(files["areas"])
 
-    compute.root = tmp_path
+    compute.root, compute.how = tmp_path, {}
     return compute
 
 
@@ -89,6 +93,48 @@ def test_other_prompts_are_not_paired(compare):
     assert found["nodes"][other].tolist() == [1, 2, 4]
     assert found["difference"][other] == pytest.approx([0, 0, 0])
     assert not found["paired"][other].any()
+
+
+def test_another_metric_is_refused(compare):
+    compare.how["worse"] = {**HOW, "metric": {**METRIC, "kind": "kl"}}
+    with pytest.raises(
+        UserError, match=r"worse was evaluated with task\.metric\.kind kl, the run with logit_diff"
+    ):
+        compare()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ablation": "zero"}, "worse: ablation zero"),
+        ({"means": "test"}, "worse: ablation mean over the test pairs"),
+    ],
+)
+def test_another_ablation_or_split_of_means_is_not_paired_and_said(compare, change, said):
+    compare.how["worse"] = {**HOW, **change}
+    tables, provenance = compare()
+    for name in ("differences", "areas"):
+        worse = tables[name]["contender"] == "worse"
+        assert not tables[name]["paired"][worse].any()
+    with drawing(Style(dpi=60)):
+        figure = draw(tables, provenance["conventions"], Style(dpi=60))
+    assert said in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_means_follow_the_split_that_is_configured():
+    inputs = {
+        f"{name}_{split}": f"{name} of {split}"
+        for name in ("tokens", "gradients")
+        for split in ("train", "test")
+    }
+    found, more = means_over(inputs, {"ablation": "mean", "means": "test"})
+    assert found["gradients_train"] == "gradients of test"
+    assert found["tokens_train"] == "tokens of test"
+    assert more == {"means": "test"}, "results are kept apart from those of the other split"
+    for params in ({"ablation": "mean", "means": "train"}, {"ablation": "resample", "means": "test"}):
+        assert means_over(inputs, params) == (inputs, {})
+    rule = (Path(__file__).parents[2] / "rules/comparison.smk").read_text(encoding="utf-8")
+    assert "means=CFG.evaluation.means" in rule.partition("rule evaluate_budget")[2].partition("\nrule ")[0]
 
 
 def test_faithfulness_and_areas_by_hand(compare):

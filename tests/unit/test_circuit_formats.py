@@ -16,6 +16,8 @@ from circuitflow.circuits.formats.feature_circuits import read_feature_circuits,
 from circuitflow.circuits.formats.mib import Shape, read_mib, write_mib
 from circuitflow.cli import app
 from circuitflow.errors import UserError
+from circuitflow.store.files import write_json
+from circuitflow.store.objects import Manifest
 
 SHAPE = Shape(n_layers=2, n_heads=2, d_model=4, d_head=2)
 THEIRS = Path("resources/exchange/feature_circuits.py")
@@ -315,4 +317,97 @@ def test_shapes_of_models(tmp_path):
     assert shape_of(tmp_path) == Shape(3, 4, 8, 2)
     (tmp_path / "config.json").write_text(json.dumps({"n_layer": 3}))
     with pytest.raises(UserError, match="how many layers"):
+        shape_of(tmp_path)
+
+
+def put(*keys, value):
+    def edit(found):
+        for key in keys[:-1]:
+            found = found[key]
+        found[keys[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (put("cfg", "n_layers", value=None), "n_layers None in its cfg"),
+        (put("cfg", "n_layers", value="two"), "n_layers 'two' in its cfg"),
+        (put("cfg", "n_heads", value=0), "n_heads 0 in its cfg"),
+        (put("cfg", "n_heads", value=3), "do not tell the width of a head"),
+        (put("cfg", "parallel_attn_mlp", value="no"), "takes true or false"),
+        (put("nodes", "m1", value="in"), "at node 'm1' 'in'"),
+        (put("edges", "m0->m1", value=True), "at edge 'm0->m1' True"),
+        (put("edges", "m0->m1", "score", value="abc"), "score 'abc'; it takes a number"),
+        (put("nodes", "m1", "score", value=[]), "takes a number"),
+        (put("nodes", "m1", "in_graph", value="yes"), "in_graph 'yes'"),
+        (put("nodes", "m1", "neurons", value=None), "not a list of true and false"),
+        (put("nodes", "m1", "neurons_scores", value=[1.0]), "4 neurons but 1 neurons_scores"),
+        (put("nodes", "m1", "neurons_scores", value=["a"] * 4), "not a list of numbers"),
+        (put("edges", "m1->m0", value={"in_graph": True}), "m0 does not read m1"),
+        (put("edges", value=[]), "it needs the keys cfg, nodes and edges"),
+    ],
+)
+def test_malformed_mib_files_are_told_in_one_sentence(tmp_path, edit, words):
+    source = mib_file(tmp_path / "a.json", neurons=True)
+    value = json.loads(source.read_text())
+    edit(value)
+    source.write_text(json.dumps(value))
+    with pytest.raises(UserError) as caught:
+        convert_circuit(source, tmp_path / "b.json", "circuitflow", "mib")
+    assert words in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (put("nodes", "resid_0", "act", value=torch.tensor(1.0)), "a single number as 'act'"),
+        (put("nodes", "resid_0", "act", value=torch.tensor([1.0, float("nan"), 0, 0])), "not numbers"),
+        (put("nodes", "resid_0", "resc", value=torch.zeros(0)), "has 0 numbers as resc"),
+        (put("nodes", 3, value={}), "names a place 3"),
+        (put("edges", value=[]), "edges that are not"),
+        (put("edges", "resid_0", value=3), "edges that are not"),
+        (put("edges", "resid_0", value={"y": torch.full((5,), float("inf"))}), "not numbers"),
+    ],
+)
+def test_malformed_feature_circuits_are_told_in_one_sentence(tmp_path, edit, words):
+    parts = {"act": torch.ones(4), "resc": torch.ones(1)}
+    value = {"examples": [], "nodes": {"resid_0": parts}, "edges": {"resid_0": {"y": torch.ones(5)}}}
+    torch.save(value, tmp_path / "good.pt")
+    assert len(read_feature_circuits(tmp_path / "good.pt").nodes) == 5
+    edit(value)
+    torch.save(value, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=words):
+        convert_circuit(tmp_path / "a.pt", tmp_path / "b.json", "circuitflow")
+
+
+def test_folders_and_thresholds_that_are_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name the circuit's file"):
+        convert_circuit(tmp_path, tmp_path / "b.json", "mib")
+    for thresholds, words in (((float("nan"), 0.0), "--nodes is nan"), ((0.0, -1.0), "--edges is -1")):
+        source = mib_file(tmp_path / "a.json")
+        with pytest.raises(UserError, match=words):
+            convert_circuit(source, tmp_path / "b.json", "circuitflow", thresholds=thresholds)
+
+
+def test_dictionaries_of_another_set_are_refused(tmp_path):
+    circuit = Circuit(("resid.0",), (Node("resid.0", "feature", 7, 1.0),), ())
+    with pytest.raises(UserError, match=r"resid\.0/7 does not exist in a dictionary of 4 features"):
+        write_feature_circuits(tmp_path / "a.pt", circuit, {"resid.0": 4})
+    write_circuit(tmp_path / "ours.json", replace(circuit, provenance={"dictionaries": {"resid.0": "abc"}}))
+    write_json(tmp_path / "resid.0.json", {"content": "another", "kind": "dictionary", "object": "x"})
+    with pytest.raises(UserError, match="is not the one that the circuit was made with"):
+        convert_circuit(tmp_path / "ours.json", tmp_path / "b.pt", "feature-circuits", dictionaries=tmp_path)
+
+
+def test_a_run_s_model_folder_tells_the_shape(tmp_path):
+    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 4}
+    write_json(tmp_path / "m" / "objects" / "abc" / "hf" / "config.json", config)
+    Manifest("model", "abc", "c", {}, {}).write(tmp_path / "m" / "model" / "manifest.json")
+    assert shape_of(tmp_path / "m" / "model") == SHAPE
+    assert shape_of(tmp_path / "m" / "model" / "manifest.json") == SHAPE
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"is no config\.json"):
         shape_of(tmp_path)

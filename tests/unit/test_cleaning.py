@@ -102,3 +102,33 @@ def test_an_unreadable_manifest_stops_everything(model):
     with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
         clean(model.parent, partial=True)
     assert path_of(model, "old").is_dir()
+
+
+def test_what_kept_results_were_made_with_stays(model):
+    """Another task's dictionaries of the same name have replaced the manifest; the first task's circuit is kept."""
+    made, again = recipe("made"), Recipe("made", {}, {}, "newer code")
+    for one in (made, again):
+        with ObjectFolder(model, one) as kept:
+            (kept.path / "data").write_bytes(bytes(900))
+            kept.finish("digest-of-weights", {})
+    provenance = {"object": recipe("drawn").fingerprint, "dictionaries": {"resid.0": "digest-of-weights"}}
+    circuit = model / "task" / "sae" / "circuit.json"
+    write_json(circuit, {"provenance": provenance})
+    left = {leftover.path.name for leftover in unreferenced(model.parent)}
+    assert len(left & {made.fingerprint, again.fingerprint}) == 1, "one of two with equal content is enough"
+    inputs = {"dictionaries": ["digest-of-weights"]}
+    write_table(model / "task" / "faithfulness.parquet", {"n": [1]}, {"inputs": inputs})
+    circuit.unlink()
+    assert {leftover.path.name for leftover in unreferenced(model.parent)} - left == {
+        recipe("drawn").fingerprint
+    }
+    Manifest("dictionary", again.fingerprint, "digest-of-weights", {}, {}).write(
+        model / "dictionaries" / "x.json"
+    )
+    left = {leftover.path.name for leftover in unreferenced(model.parent)}
+    assert made.fingerprint in left
+    assert again.fingerprint not in left
+    (model / "dictionaries" / "x.json").unlink()
+    (model / "task" / "faithfulness.parquet").unlink()
+    left = {leftover.path.name for leftover in unreferenced(model.parent)}
+    assert {made.fingerprint, again.fingerprint} <= left

@@ -170,6 +170,35 @@ MISTAKES = [
     (put("circuit/nodes", {"zscore": float("inf")}), "circuit.nodes.zscore"),
     (put("model/name", "a/b"), "only letters, digits"),
     (put("model/source", {"kind": "toy", "heads": 5}), "use a multiple of 10"),
+    (put("effects", {"multiples": []}), "multiples and values are both empty"),
+    (put("effects", {"nodes": ["resid.12"]}), "not written as a node"),
+    (put("effects", {"nodes": ["resid.11/3"]}), "whose site is not in sites; did you mean 'resid.1"),
+    (put("effects", {"curves": ["resid.12/999999"]}), "resid.12/999999, but the dictionary of resid.12 has"),
+    (put("effects", {"curves": ["resid.12/error"]}), "has no value to scale"),
+    (put("error_nodes/ranges", [["resid.18", "resid.6"]]), "write [resid.6, resid.18]"),
+    (put("error_nodes/restore_ranges", [["resid.18", "resid.6"]]), "Key error_nodes.restore_ranges has"),
+    (put("error_nodes/ranges", [["resid.6"]]), "it takes 2 entries"),
+    (put("error_nodes/kinds", ["residual"]), "Key error_nodes.kinds.0 is 'residual'; did you mean 'resid'?"),
+    (put("error_nodes/baselines", ["nearst"]), "did you mean 'nearest'?"),
+    (put("comparison/others", {"b": "results/no/such"}), "names results/no/such, which does not exist"),
+    (put("comparison/others", {"b": "resources"}), "which has no values.parquet"),
+    (put("comparison/contenders", [{"name": "b", "method": "atp"}]), "has b, which is the run itself"),
+    (
+        put("comparison/contenders", [{"name": "b", "dictionaries": {"kind": "topk"}}]),
+        "has b, which is the run itself",
+    ),
+    (
+        put(
+            "comparison/contenders",
+            [{"name": "b", "dictionaries": {"training": {"skip_positions": [9999]}}}],
+        ),
+        "skip_positions of contender b at resid.6 has 9999",
+    ),
+    (
+        lambda config: (text()(config), put("evaluation/ablation", "patched")(config)),
+        "Key evaluation.ablation is patched, but contexts of kind text",
+    ),
+    (put("task", None), "Key task.name is missing"),
 ]
 
 
@@ -183,6 +212,15 @@ def test_a_mistake_gives_one_sentence(edit: Callable[[dict], None], telling: str
     assert telling in sentence
     assert sentence.endswith(".")
     assert "\n" not in sentence
+
+
+def test_a_section_that_is_left_empty_has_its_defaults() -> None:
+    config = copy.deepcopy(DEFAULT)
+    for name in ("effects", "comparison", "audit", "plots", "error_nodes"):
+        config[name] = None
+    parsed = parse_config(config)
+    assert parsed.effects.top == 3
+    assert parsed.error_nodes.widths == [1, 2, 4]
 
 
 def test_a_site_beyond_a_known_depth_is_refused_before_any_job() -> None:

@@ -1,5 +1,7 @@
 """Effects on single prompts: probabilities under interventions, response curves, on a random model."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from circuitflow.errors import UserError
 from circuitflow.jobs import Output
 from circuitflow.models.running import run as run_model
 from circuitflow.plots.effects import draw, spread_over_cases
+from circuitflow.plots.layout import settle
 from circuitflow.plots.style import Style, drawing
 from circuitflow.store.tables import read_provenance, read_table
 from tests.fixtures.attribution_toy import metric_with, toy_dictionary, toy_pairs, write_gradients
@@ -69,12 +72,14 @@ def run(random_lm, monkeypatch, tmp_path):
         "compute": {"device": "cpu"},
     }
 
+    files = {name: tmp_path / f"{name}.parquet" for name in ("effects", "response")}
+
     def compute(**params):
-        files = {name: tmp_path / f"{name}.parquet" for name in ("effects", "response")}
         measure_effects(inputs, {**common, **params}, Output(tmp_path, files, {}))
         return *(read_table(path) for path in files.values()), read_provenance(files["effects"])
 
     compute.lm, compute.pairs, compute.active, compute.clean = lm, pairs, active, clean
+    compute.files = files
     compute.here = lambda: prepared(inputs, common, "test")
     return compute
 
@@ -106,21 +111,58 @@ def test_named_nodes_are_ablated_together_and_one_by_one(run):
     assert np.allclose(m["without nodes"], m["without circuit"])
 
 
-def test_response_curves_hold_the_feature_where_it_is_active(run):
-    _, response, _ = run()
+def test_response_curves_hold_the_feature_where_the_prompt_fires(run):
+    _, response, _ = run(values=[2.0])
     assert set(response["node"]) == {f"resid.1/{run.active}"}
     values = activations(run.here(), ("resid.1", run.active, -1))
-    for case in ("short", "long"):
-        rows = [i for i, name in enumerate(run.pairs.case) if name == case]
-        here = response["case"] == case
-        if not here.any():
-            continue
-        firing = values[rows]
-        assert response["reference"][here][0] == pytest.approx(firing[firing != 0].mean())
-        assert response["tokens"][here][0] == (firing != 0).any(0).sum()
-        assert np.allclose(response["value"][here], response["multiple"][here] * response["reference"][here])
-        assert np.ptp(response["m"][here]) > 1e-4
-    assert set(np.round(response["multiple"], 9)) == {0.0, 1.0, 4.0}
+    pairs = run.pairs.pair.tolist()
+    assert sorted(set(response["pair"])) == sorted(
+        pair for pair, row in zip(pairs, values, strict=True) if row.any()
+    )
+    for pair in set(response["pair"]):
+        here = response["pair"] == pair
+        prompt = pairs.index(pair)
+        own = values[prompt][values[prompt] != 0]
+        assert np.allclose(response["reference"][here], own.mean())
+        assert set(response["tokens"][here]) == {len(own)}
+        relative = here & response["relative"]
+        assert np.allclose(response["value"][relative], response["multiple"][relative] * own.mean())
+        assert np.allclose(response["clean"][here], run.clean[prompt])
+        of_case = values[[case == run.pairs.case[prompt] for case in run.pairs.case]]
+        plain = here & ~response["relative"]
+        assert np.allclose(response["multiple"][plain], 2.0 / of_case[of_case != 0].mean())
+    held = response["relative"]
+    assert set(np.round(response["multiple"][held], 9)) == {0.0, 1.0, 4.0}
+    far = held & (response["multiple"] == 4)
+    assert np.abs(response["m"][far] - response["clean"][far]).max() > 1e-2
+
+
+def test_the_multiple_1_is_the_clean_run_of_every_prompt(run):
+    """Prompts of a case fire at other tokens and at other values; holding a common value would change them."""
+    _, response, _ = run(curves=[f"resid.1/{feature}" for feature in range(24)], multiples=[1.0, 0.0])
+    one = response["multiple"] == 1
+    assert len(set(response["node"])) > 5
+    assert np.allclose(response["m"][one], response["clean"][one], atol=1e-6)
+    assert np.abs(response["m"][~one] - response["clean"][~one]).max() > 1e-3
+    spread = [np.ptp(response["reference"][response["node"] == node]) for node in set(response["node"])]
+    assert max(spread) > 0.01
+
+
+def test_cases_without_a_firing_token_are_named(run):
+    _, response, _ = run(curves=[f"resid.1/{feature}" for feature in range(24)])
+    said = read_provenance(run.files["response"])["silent"]
+    for feature in range(24):
+        name = f"resid.1/{feature}"
+        values = activations(run.here(), ("resid.1", feature, -1))
+        dead = {
+            case
+            for case in run.pairs.case
+            if not any(row.any() for row, of in zip(values, run.pairs.case, strict=True) if of == case)
+        }
+        assert set(said.get(name, [])) == dead
+        drawn = set(response["case"][response["node"] == name])
+        assert drawn == set(run.pairs.case) - dead
+    assert said
 
 
 def test_nodes_by_name():
@@ -153,3 +195,40 @@ def test_the_figure_has_a_panel_per_prompt_and_curve(run):
         figure = draw(effects, response, provenance["conventions"], Style(dpi=60))
     assert len(figure.axes) == 5
     assert figure.axes[-1].get_title("left").startswith(f"resid.1/{run.active}")
+
+
+def test_intervals_are_never_cut_without_a_mark(run):
+    effects, response, provenance = run(multiples=[0.0, 1.0])
+    response["m"] = response["multiple"] + 1e-3 * response["pair"]
+    wide = {name: column.copy() for name, column in response.items()}
+    wide["case"] = np.full(len(wide["case"]), "long", object)
+    turns = {pair: (-1) ** number for number, pair in enumerate(sorted(set(wide["pair"])))}
+    wide["m"] = np.array([100.0 * turns[pair] for pair in wide["pair"]]) + wide["multiple"]
+    for table, cut in ((response, False), (wide, True)):
+        with drawing(Style(dpi=60)):
+            figure = draw(effects, table, provenance["conventions"], Style(dpi=60), silent={"a/1": ["odd"]})
+        axes = figure.axes[-1]
+        assert (
+            any(
+                line.get_marker() in "^v"
+                for line in axes.lines
+                if len(line.get_xdata()) and not line.get_clip_on()
+            )
+            == cut
+        )
+        assert ("Arrowheads" in figure.get_supxlabel()) == cut
+        assert "a/1 fires in no prompt of odd" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_every_intervention_has_a_look_of_its_own(run):
+    nodes = [f"resid.1/{run.active}", "resid.0/error", "resid.1/error"]
+    effects, response, provenance = run(nodes=nodes)
+    with drawing(Style(dpi=60)):
+        figure = draw(effects, response, provenance["conventions"], Style(dpi=60))
+        settle(figure, 60)
+        boxes = [axes._left_title.get_window_extent() for axes in figure.axes[:4]]
+    assert all(axes.get_position().width > 0.12 for axes in figure.axes), "titles leave the panels their room"
+    lines = [line for line in figure.axes[0].lines if line.get_label() in set(effects["intervention"])]
+    assert len(lines) == 7
+    assert len({(line.get_marker(), line.get_color(), line.get_markerfacecolor()) for line in lines}) == 7
+    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))

@@ -110,6 +110,16 @@ def test_figures_of_experiments_tell_n_and_conventions(module):
     assert "beyond" not in said
 
 
+def test_footnotes_name_the_method_of_the_scores():
+    for module in (error_ablation, error_windows):
+        with drawing(STYLE):
+            told = module.draw(experiments(), {**FACTS, "method": "ig"}, STYLE)
+            untold = module.draw(experiments(), FACTS, STYLE)
+        assert "integrated gradients scores" in told.get_supxlabel().replace("\n", " ")
+        assert "of the run's scores.method" in untold.get_supxlabel().replace("\n", " ")
+        assert "AtP" not in untold.get_supxlabel()
+
+
 def test_points_beyond_the_axis_are_told_and_kept_inside():
     table = experiments()
     table["F"][table["experiment"] == "sliding"] = 7.0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from circuitflow.plots import (
+    agreement,
     composition,
     conditions,
     confidence,
@@ -89,6 +90,40 @@ def test_the_curve_is_of_the_main_condition_alone():
     assert found["circuits of neurons"] == pytest.approx([0.02, 0.12, 0.2])
     assert found["the assembled circuit"] == [0.8]
     assert len(conditions.main_rows(table())["F"]) == 3 * 5 + 2
+
+
+def test_the_footnote_says_the_first_ablated_site_in_words():
+    """Tables of before name it as free, which it is not; raw names of conventions are no sentences."""
+    said = {
+        "ablation": "mean: nodes outside become their per-position mean",
+        "start": "layers up to resid.0 are free in C, in M and in the empty circuit",
+        "aggregate": "ratio_of_means",
+    }
+    figure = drawn(lambda: faithfulness.draw(table(), said, STYLE))
+    note = figure.get_supxlabel().replace("\n", " ")
+    assert "Ablation by mean: nodes outside become" in note
+    assert "What comes before resid.0, the first ablated site, is free in C" in note
+    assert "F: ratio of means over prompts." in note
+    star = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert star
+    assert all(line.get_linestyle() == "None" for line in star)
+
+
+def test_agreement_tells_unit_and_number_of_nodes():
+    nodes = {name: np.array([1.0, -2.0]) for name in ("score_train", "score_test")}
+    nodes["kind"] = np.array(["feature", "error"], object)
+    names = ("k", "overlap", "low", "high", "spearman", "nodes")
+    found = {name: np.array([value]) for name, value in zip(names, (2, 0.5, 0.4, 0.6, 0.9, 37), strict=True)}
+    found["site"] = np.array(["resid.3"], object)
+    figure = drawn(lambda: agreement.draw(nodes, found, STYLE, "nats"))
+    assert figure.axes[0].get_xlabel() == "IE on train (nats)"
+    assert "Nodes (n): resid.3 37" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_what_the_metric_says_depends_on_its_kind():
+    assert outliers.said_of({"kind": "kl"}) == "0: as the whole model; the lower, the nearer to it"
+    assert outliers.said_of({"kind": "log_probability"}) == "the lower, the more the model is right"
+    assert outliers.said_of(None) == "negative: the model is right"
 
 
 def test_a_table_without_conditions_is_drawn_as_before():

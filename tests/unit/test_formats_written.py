@@ -26,7 +26,7 @@ B_DEC = torch.tensor([1.0, 0.0])
 SKIP = torch.tensor([[0.0, 1.0], [2.0, 0.0]])  # W_skip·x = (2, 6)
 CODER = {"encoder.weight": ENC, "encoder.bias": B_ENC, "W_dec": DEC, "b_dec": B_DEC}
 LAYER = {"W_enc": ENC, "b_enc": B_ENC, "W_dec": DEC, "b_dec": B_DEC}
-FORMATS = [name for name in WRITERS if name != "circuitflow"]
+FORMATS = ["sae_lens", "sparsify"]  # of circuit_tracer, which holds transcoders: test_circuit_tracer_sets.py
 
 
 def check(dictionary: Dictionary, features: list[float], reconstruction: list[float]) -> None:
@@ -242,7 +242,7 @@ def test_our_own_dictionaries_keep_their_rule(tmp_path: Path) -> None:
 # Writing
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["circuitflow", *FORMATS])
 def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
     dictionary = replace(dictionary_of("topk"), skip=Skip((0,), 3.0))
     path = tmp_path / ("d.safetensors" if name == "circuitflow" else "d")
@@ -340,4 +340,4 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, name: str) -> None:
 def test_an_unknown_format() -> None:
     with pytest.raises(UserError, match=r"Format 'gemma' is unknown; .*valid: .*gemma_scope.*decoder"):
         locate("gemma", Path())
-    assert set(WRITERS) < set(READERS) == set(get_args(Format))
+    assert {"circuitflow", "circuit_tracer", *FORMATS} == set(WRITERS) < set(READERS) == set(get_args(Format))

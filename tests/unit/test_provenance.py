@@ -21,6 +21,10 @@ MORE = {
     "evaluate_edges": (57, "and the passes of edges: paths, ends and pullback"),
     "measure_effects": (48, "and the circuit that it reads"),
     "search_circuit": (47, "and the order of the nodes"),
+    "train_dictionary": (52, "and what trains dictionaries of several sites: one trainer serves both"),
+    "train_transcoder": (53, "the same, and its memory estimate"),
+    "train_cross_layer": (53, "the same"),
+    "train_crosscoder": (53, "the same"),
     "audit_circuit": (53, "nodes patched as patch_nodes does and edges as score_edges does, on the model"),
 }
 """Stages that need more, how many, and what for."""

@@ -113,6 +113,9 @@ def test_the_figure_shows_every_site_and_its_slope(validate):
     with drawing(Style(dpi=60)):
         figure = draw(table, nodes, provenance["conventions"], Style(dpi=60))
     titles = [axes.get_title("left") for axes in figure.axes]
+    low, high = figure.axes[0].get_ylim()
+    assert high < 1 + 0.05 * (1 - low), "r ends at 1"
+    assert max(figure.axes[0].get_yticks()) <= 1
     assert [title for title in titles if "slope 2.00" in title] == [
         "resid.0: r = 1.00, slope 2.00",
         "resid.1: r = 1.00, slope 2.00",

@@ -27,6 +27,9 @@ COPIED = (
 EXPERIMENTS = ("faithfulness", "error_nodes", "validation", "compare", "effects")
 """Targets beside the default one that only collect files."""
 
+GRAPHS = ("transcoders", "graphs", "graph_experiments", "crosscoder")
+"""Those of dictionaries that span sites, and of attribution graphs."""
+
 FEWER = {
     "sites: [resid.0, resid.1, resid.2]": "sites: [resid.0, resid.1]",
     "overlap_at: [5, 20]": "overlap_at: [5], compare: [atp, exact], budget: 8, bootstrap: 50",
@@ -96,7 +99,9 @@ class Clone:
         """Jobs by rule that a run would do now; ``all`` and targets of experiments left out."""
         output = self.snakemake("-n", "--quiet", "rules", *arguments).stdout
         jobs = {name: int(count) for name, count in STATS_ROW.findall(output)}
-        return {name: count for name, count in jobs.items() if name not in ("all", "total", *EXPERIMENTS)}
+        return {
+            name: count for name, count in jobs.items() if name not in ("all", "total", *EXPERIMENTS, *GRAPHS)
+        }
 
     def environment(self) -> dict[str, str]:
         """The copy's library comes before an installed one."""
@@ -150,4 +155,12 @@ def experimented(tmp_path_factory: pytest.TempPathFactory) -> Clone:
         text = text.replace(old, new)
     clone.config.write_text(text, encoding="utf-8")
     clone.snakemake("--", "all", *EXPERIMENTS)
+    return clone
+
+
+@pytest.fixture(scope="session")
+def graphed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy with transcoders, attribution graphs and a crosscoder. Tests leave it as they found it."""
+    clone = copy_repository(tmp_path_factory.mktemp("graphed"))
+    clone.snakemake("--", *GRAPHS)
     return clone

@@ -44,9 +44,17 @@ def read_feature_circuits(path: Path, node_threshold: float = 0.0, edge_threshol
     for name, parts in value["nodes"].items():
         if name == TO_METRIC:
             continue
+        if not isinstance(name, str):
+            raise UserError(
+                f"Circuit {path} names a place {name!r}; embed, attn_L, mlp_L and resid_L are known."
+            )
         site, act, resc = site_of(name, path), *(_flat(parts, part, path) for part in ("act", "resc"))
         names[name] = (site, len(act))
-        scores = torch.cat([act, resc[:1]]).double()
+        if len(resc) != 1:
+            raise UserError(
+                f"Circuit {path} has {len(resc)} numbers as resc of {name}; the error has one effect."
+            )
+        scores = torch.cat([act, resc]).double()
         strong = (scores.abs() > node_threshold).nonzero()[:, 0].tolist()
         nodes += [_node(site, index, len(act), float(scores[index])) for index in strong]
     sites = sorted({site for site, _ in names.values()}, key=lambda site: depth_order(parse_site(site)))
@@ -93,6 +101,11 @@ def write_feature_circuits(path: Path, circuit: Circuit, d_dict: Mapping[str, in
                     f"Node {node.id} has a position; feature-circuits files are exchanged summed over positions."
                 )
             index = widths[site] if node.kind == "error" else node.feature
+            if index > widths[site] or (node.kind == "feature" and index == widths[site]):
+                raise UserError(
+                    f"Node {node.id} does not exist in a dictionary of {widths[site]} features; name the dictionaries "
+                    "that the circuit was made with."
+                )
             scores[index] = node.score
             place[node.id] = (name_of(site), index)
         nodes[name_of(site)] = {"act": scores[:-1].clone(), "resc": scores[-1:].clone()}
@@ -145,6 +158,8 @@ def _loaded(path: Path) -> dict[str, Any]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"Circuit {path} does not exist; name the file.") from None
+    except IsADirectoryError:
+        raise UserError(f"Circuit {path} is a folder; name the file.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
         raise UserError(
             f"Circuit {path} holds more than plain tensors, which is not loaded here; convert it where "
@@ -153,6 +168,11 @@ def _loaded(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict) or not isinstance(value.get("nodes"), dict) or "edges" not in value:
         raise UserError(f"File {path} is no circuit of feature-circuits: it needs nodes and edges.")
+    edges = value["edges"]
+    if not isinstance(edges, dict) or not all(isinstance(downs, dict) for downs in edges.values()):
+        raise UserError(
+            f"Circuit {path} has edges that are not {{upstream: {{downstream: tensor}}}}; make it anew."
+        )
     return value
 
 
@@ -162,12 +182,22 @@ def _flat(parts: Any, name: str, path: Path) -> Tensor:
         raise UserError(f"Circuit {path} has a node without '{name}'; it needs act and resc.")
     tensor = parts[name]
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    if not tensor.ndim:
+        raise UserError(f"Circuit {path} has a single number as '{name}'; it takes one effect per feature.")
+    _check_finite(tensor, f"effects ('{name}')", path)
     if tensor.numel() != tensor.shape[-1] and tensor.ndim > 1:
         raise UserError(
             f"Circuit {path} has effects of shape {tuple(tensor.shape)}: one per position or example; make it with "
             "aggregation sum."
         )
     return tensor.reshape(-1)
+
+
+def _check_finite(values: Tensor, what: str, path: Path) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(
+            f"Circuit {path} has {what} that are not numbers (nan or inf); make it anew without them."
+        )
 
 
 def _node(site: str, index: int, width: int, score: float) -> Node:
@@ -194,6 +224,7 @@ def _edges(
             "aggregation sum."
         )
     sparse = (tensor if tensor.is_sparse else tensor.to_sparse()).coalesce()
+    _check_finite(sparse.values(), f"edges {up} -> {down}", path)
     found = []
     for at, value in zip(sparse.indices().T.tolist(), sparse.values().double().tolist(), strict=True):
         if abs(value) > threshold:

@@ -27,6 +27,7 @@ from circuitflow.store.files import read_json, write_json
 
 KEYS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
 INPUTS = "qkv"
+EDGE = re.compile(r"(.+)->([^<]+)(<[qkv]>)?")
 CONVENTIONS = {
     "nodes": "error: the whole component (a site without dictionary); features: its coordinates (an identity "
     "dictionary)",
@@ -90,7 +91,10 @@ def read_mib(path: Path, d_head: int | None = None) -> Circuit:
         raise UserError(
             f"MIB circuit {path} says nothing of {missing[0]} in its cfg; it needs {', '.join(KEYS)}."
         )
-    shape = shape_of_cfg(cfg, d_head)
+    shape = checked_shape(cfg, d_head, path)
+    for part in ("nodes", "edges"):
+        for name, told in value[part].items():
+            _check_entry(name, told, part, path)
     known = {*shape.components(), "logits"}
     if unknown := sorted(set(value["nodes"]) - known):
         raise UserError(
@@ -116,6 +120,61 @@ def shape_of_cfg(cfg: Mapping[str, Any], d_head: int | None = None) -> Shape:
     return Shape(layers, heads, width, d_head or width // heads, bool(cfg["parallel_attn_mlp"]))
 
 
+def checked_shape(cfg: Mapping[str, Any], d_head: int | None, path: Path) -> Shape:
+    """:func:`shape_of_cfg` of a file of somebody else's.
+
+    :raises UserError: a number is none, or they do not fit each other.
+    """
+    for key in ("n_layers", "n_heads", "d_model"):
+        if type(cfg[key]) is not int or cfg[key] < 1:
+            raise UserError(
+                f"MIB circuit {path} has {key} {cfg[key]!r} in its cfg; it takes a positive whole number."
+            )
+    if not isinstance(cfg["parallel_attn_mlp"], bool):
+        raise UserError(
+            f"MIB circuit {path} has parallel_attn_mlp {cfg['parallel_attn_mlp']!r} in its cfg; it takes true or false."
+        )
+    if d_head is None and cfg["d_model"] % cfg["n_heads"]:
+        raise UserError(
+            f"MIB circuit {path} has d_model {cfg['d_model']} and n_heads {cfg['n_heads']} in its cfg, which do not "
+            "tell the width of a head; name the model's folder."
+        )
+    return shape_of_cfg(cfg, d_head)
+
+
+def _check_entry(name: str, told: Any, part: str, path: Path) -> None:
+    """What the file says of a node or an edge.
+
+    :raises UserError: it is not an object, or a value in it is of another kind.
+    """
+    where = f"MIB circuit {path} has at {part[:-1]} '{name}'"
+    if not isinstance(told, Mapping):
+        raise UserError(f"{where} {told!r}; an object with in_graph and score is expected.")
+    if not isinstance(told.get("in_graph", False), bool):
+        raise UserError(f"{where} in_graph {told['in_graph']!r}; it takes true or false.")
+    if told.get("score") is not None and not _is_number(told["score"]):
+        raise UserError(f"{where} score {told['score']!r}; it takes a number.")
+    if part == "edges" or "neurons" not in told:
+        return
+    neurons, scores = told["neurons"], told.get("neurons_scores")
+    if not isinstance(neurons, list) or not all(isinstance(one, bool) for one in neurons):
+        raise UserError(
+            f"{where} neurons that are not a list of true and false; leave the key out for a whole node."
+        )
+    if scores is None:
+        return
+    if not isinstance(scores, list) or not all(one is None or _is_number(one) for one in scores):
+        raise UserError(f"{where} neurons_scores that are not a list of numbers.")
+    if len(scores) != len(neurons):
+        raise UserError(
+            f"{where} {len(neurons)} neurons but {len(scores)} neurons_scores; they come in pairs."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def held(value: Mapping[str, Any], shape: Shape, path: Path) -> tuple[tuple[Node, ...], tuple[Edge, ...]]:
     """The nodes and edges of a file's ``nodes`` and ``edges`` that a circuit of ours can hold.
 
@@ -129,7 +188,23 @@ def held(value: Mapping[str, Any], shape: Shape, path: Path) -> tuple[tuple[Node
     ]
     nodes.sort(key=lambda node: (depth_order(parse_site(node.site)), -abs(node.score), node.feature))
     known = {*shape.components(), "logits"}
+    _check_order(value["edges"], known, shape, path)
     return tuple(nodes), tuple(_edges(value["edges"], {node.id for node in nodes}, known, path))
+
+
+def _check_order(edges: Mapping[str, Any], known: set[str], shape: Shape, path: Path) -> None:
+    """Edges lead from what is written to what reads it.
+
+    :raises UserError: one leads backwards, so that the circuit would have a cycle.
+    """
+    possible = set(shape.edges())
+    for name in edges:
+        found = EDGE.fullmatch(name)
+        if found and {found[1], found[2]} <= known and (found[1], found[2]) not in possible:
+            raise UserError(
+                f"MIB circuit {path} has an edge '{name}', but in a model of its cfg {found[2]} does not read "
+                f"{found[1]}; take it out."
+            )
 
 
 def write_mib(path: Path, circuit: Circuit, shape: Shape | None = None) -> None:
@@ -287,7 +362,7 @@ def _nodes(name: str, told: Mapping[str, Any], shape: Shape, path: Path) -> list
 def _edges(told: Mapping[str, Any], nodes: set[str], known: set[str], path: Path) -> Iterator[Edge]:
     """Edges whose two ends are each one node here."""
     for name, edge in sorted(told.items(), key=lambda item: (-abs(_number(item[1].get("score"))), item[0])):
-        found = re.fullmatch(r"(.+)->([^<]+)(<[qkv]>)?", name)
+        found = EDGE.fullmatch(name)
         if found is None or found[1] not in known or found[2] not in known:
             raise UserError(f"MIB circuit {path} has an edge '{name}' between no components of its cfg.")
         up = f"{_site(found[1])}/error"

@@ -22,6 +22,7 @@ Found = dict[str, tuple[str, ...]]
 
 DEPTH = 6  # folders below a place that are looked through
 MOST_FILES = 100_000
+OWN_NAMES = rf"embed|(?:{'|'.join(WITHIN_BLOCK)})\.\d+|cross_layer|crosscoder"
 DESCRIPTION = "circuitflow"  # the metadata key by which our own files are known
 
 
@@ -86,6 +87,28 @@ def _gemma_scope(names: Sequence[str]) -> Found:
     )
 
 
+def _circuit_tracer(names: Sequence[str]) -> Found:
+    """Single layers, and folders of cross-layer transcoders: encoders first, then decoders."""
+    found = files_like(r"layer_\d+\.safetensors", ("config.yaml",), names)
+    for folder in sorted({PurePosixPath(name).parent for name in names}):
+        own = [name for name in names if PurePosixPath(name).parent == folder]
+        parts = [_layers_of(own, side) for side in ("W_enc", "W_dec")]
+        if parts[0] and parts[1]:
+            config = [name for name in own if PurePosixPath(name).name == "config.yaml"]
+            found[str(folder)] = (*parts[0], *parts[1], *config)
+    return found
+
+
+def _layers_of(names: Sequence[str], side: str) -> list[str]:
+    """Files of one side of a cross-layer transcoder, by layer."""
+    found = {}
+    for name in names:
+        layer = re.fullmatch(rf"{side}_(\d+)\.safetensors", PurePosixPath(name).name)
+        if layer:
+            found[int(layer[1])] = name
+    return [found[layer] for layer in sorted(found)]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a format lays out its files."""
@@ -101,8 +124,8 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     "circuitflow": Layout(
         "every kind",
-        "NAME.safetensors, or the manifest {site}.json of a run",
-        partial(files_like, rf".+\.safetensors|(?:embed|(?:{'|'.join(WITHIN_BLOCK)})\.\d+)\.json", ()),
+        "NAME.safetensors, or the manifest {site}.json, cross_layer.json or crosscoder.json of a run",
+        partial(files_like, rf".+\.safetensors|(?:{OWN_NAMES})\.json", ()),
     ),
     "sae_lens": Layout(
         "ReLU, JumpReLU, TopK, Gated; transcoders, with skip connection (TopK ones cannot be written)",
@@ -125,9 +148,9 @@ LAYOUTS: dict[str, Layout] = {
         partial(folders_with, "sae.safetensors", ("cfg.json",), ()),
     ),
     "circuit_tracer": Layout(
-        "single-layer transcoders: ReLU, JumpReLU, TopK, with skip connection",
-        "layer_N.safetensors, config.yaml",
-        partial(files_like, r"layer_\d+\.safetensors", ("config.yaml",)),
+        "transcoders of single layers (ReLU, JumpReLU, TopK; skip connection) and cross-layer ones (ReLU, JumpReLU)",
+        "layer_N.safetensors, or W_enc_N.safetensors and W_dec_N.safetensors; config.yaml",
+        _circuit_tracer,
     ),
     "decoder": Layout(
         "a decoder alone: a tensor (d_dict, d_model), or W_dec (and b_dec)",
@@ -137,7 +160,7 @@ LAYOUTS: dict[str, Layout] = {
 }  # fmt: skip
 """Formats by name."""
 
-WRITTEN = ("circuitflow", "sae_lens", "sparsify")
+WRITTEN = ("circuitflow", "sae_lens", "sparsify", "circuit_tracer")
 """Formats that can be written."""
 
 

@@ -31,6 +31,7 @@ WRITERS: dict[str, Callable[[Path, Dictionary], None]] = {
     "circuitflow": own.write,
     "sae_lens": sae_lens.write,
     "sparsify": sparsify.write,
+    "circuit_tracer": circuit_tracer.write,
 }
 
 

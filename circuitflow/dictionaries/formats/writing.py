@@ -31,12 +31,11 @@ def check_writable(format_name: str, dictionary: Dictionary) -> None:
 
 def description(dictionary: Dictionary) -> dict[str, Any]:
     """What other libraries have no place for: kind, sites, and the outlier rule, which they do not apply."""
-    skip = dictionary.skip
     return {
         "kind": dictionary.kind,
         "reads": list(dictionary.reads),
         "writes": list(dictionary.writes),
-        "skip": {"positions": list(skip.positions), "max_norm": skip.max_norm},
+        "skip": dictionary.skip.described(),
         "notes": dict(dictionary.notes),
     }
 
@@ -50,11 +49,16 @@ def write_folder(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; name a folder that does not exist yet, or is empty.")
+    write_weights(folder / file, tensors)
+    for name, values in settings.items():
+        write_json(folder / name, dict(values))
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, in float32."""
     # Copies, because safetensors refuses tensors that share memory (a tied encoder and decoder).
     kept = {
         name: tensor.detach().cpu().to(torch.float32).contiguous().clone() for name, tensor in tensors.items()
     }
-    with atomic_path(folder / file) as temporary:
+    with atomic_path(path) as temporary:
         save_file(kept, temporary)
-    for name, values in settings.items():
-        write_json(folder / name, dict(values))

@@ -1,0 +1,97 @@
+"""The configuration's section on attribution graphs."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from circuitflow.config_base import Name, Positive, Section, Share
+from circuitflow.config_graph_experiments import (
+    HeadsSection,
+    InterventionsSection,
+    MotifsSection,
+    SupernodesSection,
+)
+from circuitflow.config_graph_export import GraphExportSection, GraphFeaturesSection, GraphFigureSection
+
+Token = str | Annotated[int, Field(ge=0)]
+
+
+class CombinationSection(Section):
+    """A combination of logits as one target, such as the difference of two answers."""
+
+    name: str | None = None
+    """In tables and figures; null: the combination as text."""
+    tokens: dict[str, float] = Field(min_length=1)
+    """Coefficient of each token's logit, by the token's text: {" is": 1.0, " are": -1.0}."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its weight where influence begins, beside the other targets'."""
+
+
+class PromptSection(Section):
+    """One prompt, one graph."""
+
+    name: Name
+    """Folder of the graph."""
+    text: str = Field(min_length=1)
+    """The prompt; the graph explains what comes next."""
+    targets: list[Token | CombinationSection] | None = Field(default=None, min_length=1)
+    """What is explained: tokens (text with its leading space, or id) or combinations; null: the likeliest tokens."""
+
+
+class VirtualSection(Section):
+    """Weights between features that hold in any context (target `graphs`)."""
+
+    features: Positive = 24
+    """Features of each graph, those of most influence, whose virtual weights are listed."""
+    strongest: Positive = 50
+    """Weights listed per feature and side."""
+    blocks: Positive = 64
+    """Blocks of the corpus over which it is counted which features are active together."""
+
+
+class GraphsSection(Section):
+    """Attribution graphs of single prompts, from transcoders (target `graphs`)."""
+
+    prompts: list[PromptSection] = Field(min_length=1)
+    """A graph each."""
+    prepend_bos: bool = False
+    """Start prompts with the tokenizer's start token."""
+    max_logits: Positive = 10
+    """At most this many of the likeliest next tokens are explained."""
+    probability: float = Field(default=0.95, gt=0, le=1)
+    """The fewest tokens are explained that have this probability together."""
+    max_nodes: Positive | None = 2048
+    """Features whose incoming effects are computed, the most influential first; null: all active ones."""
+    reorder_every: Positive = 512
+    """Features after which the order of influence is computed again."""
+    batch: Positive = 256
+    """Features computed at once: memory, not results."""
+    keep_all: bool = False
+    """Keep active features beyond max_nodes as sources (large files); otherwise what they add is kept as one number."""
+    node_share: Share = 0.8
+    """Pruning: the nodes that have this share of all influence stay."""
+    edge_share: Share = 0.98
+    """Pruning: the edges that have this share of influence among them stay."""
+    virtual: VirtualSection = VirtualSection()
+    """Weights that hold in any context."""
+    features: GraphFeaturesSection = GraphFeaturesSection()
+    """Descriptions of the features of pruned graphs."""
+    export: GraphExportSection = GraphExportSection()
+    """graph.json, for viewers."""
+    figure: GraphFigureSection = GraphFigureSection()
+    """The figure of a pruned graph."""
+    supernodes: SupernodesSection = SupernodesSection()
+    """Groups of features (target `graph_experiments`)."""
+    interventions: InterventionsSection = InterventionsSection()
+    """Features held at other values (target `graph_experiments`)."""
+    heads: HeadsSection = HeadsSection()
+    """Shares of attention heads (target `graph_experiments`)."""
+    motifs: MotifsSection = MotifsSection()
+    """Chains of features that recur over prompts (target `graph_experiments`)."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "GraphsSection":
+        names = [prompt.name for prompt in self.prompts]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"name {repeated[0]} is given to two prompts")
+        return self

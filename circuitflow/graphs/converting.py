@@ -1,0 +1,130 @@
+"""``circuitflow convert-graph`` and ``export-graphs``: attribution graphs from one program's files to another's."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from circuitflow.errors import UserError, nearest
+from circuitflow.graphs.exporting import local_scan, sizes
+from circuitflow.graphs.formats.circuit_tracer import KEY, read_circuit_tracer, write_circuit_tracer
+from circuitflow.graphs.formats.feature_files import write_features
+from circuitflow.graphs.formats.viewer import Told, write_viewer
+from circuitflow.graphs.formats.viewer_reading import read_viewer, whole
+from circuitflow.graphs.graph import Graph
+from circuitflow.graphs.influence import prune, scores
+from circuitflow.graphs.labels import labels, read_descriptions
+from circuitflow.store.files import read_json, write_json
+
+FORMATS = ("circuitflow", "viewer", "circuit_tracer")
+"""graph.safetensors, the JSON of viewers, and circuit-tracer's graphs as plain tensors."""
+
+
+def convert_graph(
+    source: Path,
+    target: Path,
+    to_format: str,
+    *,
+    scan: str | None = None,
+    model: Path | None = None,
+    features: Path | None = None,
+    shares: tuple[float, float] = (0.8, 0.98),
+) -> str:
+    """Convert one graph and tell what was done, in a sentence.
+
+    :param scan: for viewers: the model on Neuronpedia, or a folder of feature files.
+    :param model: folder with the model's config.json, for circuit_tracer.
+    :param features: descriptions of describe_graph_features, for viewers.
+    :param shares: of influence that pruned nodes and edges keep, for viewers; a viewer's file is pruned already.
+    :raises UserError: it is not there, of no known form, or the target exists.
+    """
+    if to_format not in FORMATS:
+        raise UserError(f"Format '{to_format}' of graphs is unknown; {nearest(to_format, FORMATS)}.")
+    if target.exists():
+        raise UserError(f"{target} exists; name a file that does not.")
+    given = detected(source)
+    viewed = read_viewer(source) if given == "viewer" else None
+    if viewed is not None:
+        graph = viewed.graph
+    else:
+        graph = read_circuit_tracer(source) if given == "circuit_tracer" else Graph.load(source)
+    if to_format == "circuitflow":
+        graph.save(target)
+    elif to_format == "circuit_tracer":
+        write_circuit_tracer(target, graph, model)
+    elif viewed is not None:
+        told = Told(viewed.slug, scan or viewed.scan, viewed.labels, viewed.supernodes, viewed.pinned)
+        write_viewer(target, graph, whole(graph), replace(told, facts=_kept_facts(viewed.facts)))
+    else:
+        said = labels(read_descriptions(features)) if features is not None else {}
+        facts = {"scores": scores(graph)._asdict(), "sizes": sizes(graph)}
+        pruning = {"node_threshold": shares[0], "edge_threshold": shares[1]}
+        told = Told(target.stem, scan or local_scan(graph), said, pruning=pruning, facts=facts)
+        write_viewer(target, graph, prune(graph, *shares), told)
+    nodes = f"{len(graph.features)} features, {len(graph.errors)} errors, {graph.n_pos} tokens"
+    return f"{target}: {nodes} and {len(graph.logits)} outputs, from {source} ({given}) to {to_format}"
+
+
+def detected(path: Path) -> str:
+    """The form of a graph's file.
+
+    :raises UserError: it is missing, a pickle, or of no known form.
+    """
+    if not path.is_file():
+        raise UserError(f"Graph {path} does not exist; check the path.")
+    if path.suffix == ".pt":
+        raise UserError(
+            f"{path} is a pickle, which is not opened here; where circuit-tracer is installed, run "
+            f"`python resources/exchange/circuit_tracer_graph.py to-plain {path} PLAIN.safetensors`."
+        )
+    if path.suffix == ".json":
+        return "viewer"
+    try:
+        with safe_open(path, framework="np") as opened:
+            return "circuit_tracer" if KEY in (opened.metadata() or {}) else "circuitflow"
+    except SafetensorError as error:
+        raise UserError(f"Graph {path} cannot be read as safetensors ({error}); make it again.") from None
+
+
+def export_graphs(source: Path, target: Path, scan: str | None = None) -> str:
+    """Gather the graphs of a run in a folder that circuit-tracer's viewer serves; tells how.
+
+    The folder has ``{slug}.json`` of every prompt, ``graph-metadata.json``, and a file for each described feature.
+
+    :param source: ``results/{model}/graphs/{dictionaries}``.
+    :param scan: what graphs name as their features: a model on Neuronpedia; None: the files in this folder.
+    :raises UserError: there are no graphs, or the target is in use.
+    """
+    files = sorted(source.glob("*/graph.json"))
+    if not files:
+        raise UserError(
+            f"{source} holds no graphs (PROMPT/graph.json); name results/MODEL/graphs/DICTIONARIES of a run that made "
+            "graphs."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is in use; name a folder that does not exist yet, or is empty.")
+    known, written = [], 0
+    for file in files:
+        value: dict[str, Any] = read_json(file)
+        metadata = value["metadata"]
+        if scan is not None:
+            metadata["scan"] = scan
+        known.append(metadata)
+        write_json(target / f"{metadata['slug']}.json", value)
+    described = source / "features.json"
+    if described.exists():
+        name = str(known[0]["scan"])
+        folder = name.removeprefix("./data/") if name.startswith("./data/") else "features"
+        written = len(write_features(target / folder, read_descriptions(described), name))
+    write_json(target / "graph-metadata.json", {"graphs": known})
+    serve = f"circuit-tracer start-server --graph_file_dir {target}"
+    return f"{target}: {len(files)} graphs and {written} features; view them with `{serve}`"
+
+
+def _kept_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a file of ours said, what is not said anew."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(facts)))
+    return {key: value for key, value in plain.items() if key not in ("n_layers", "facts")}
