@@ -75,11 +75,11 @@ class GraphsSection(Section):
     virtual: VirtualSection = VirtualSection()
     """Weights that hold in any context."""
     features: GraphFeaturesSection = GraphFeaturesSection()
-    """Descriptions of the features of pruned graphs."""
+    """How the features of pruned graphs are described."""
     export: GraphExportSection = GraphExportSection()
     """graph.json, for viewers."""
     figure: GraphFigureSection = GraphFigureSection()
-    """The figure of a pruned graph."""
+    """How a pruned graph is drawn."""
     supernodes: SupernodesSection = SupernodesSection()
     """Groups of features (target `graph_experiments`)."""
     interventions: InterventionsSection = InterventionsSection()

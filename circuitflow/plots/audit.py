@@ -79,10 +79,9 @@ def verdicts(summary: Table) -> dict[str, str]:
             float(part[name][0]) if len(part[name]) else np.nan for name in ("share", "share_upper")
         )
         if np.isfinite(share):
-            pairs = f"of these {counted(int(part['n'][0]), 'pair')}"
-            bound = f", at most {percent(upper)} (95 %, {pairs})"
+            bound = f", at most {percent(upper)} (95 %, for these pairs)"
             if everything_measured(summary, what):
-                bound = f" (all measured, {pairs})"
+                bound = " (all measured, for these pairs)"
             found[what] = f"{percent(share)} of Σ|effect| lies outside{bound}"
     return found
 

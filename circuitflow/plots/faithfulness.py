@@ -1,6 +1,5 @@
 """Figure: how much of the model's behaviour circuits of growing size keep, and what is left without them."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,17 +154,7 @@ def in_words(conventions: Mapping[str, Any]) -> list[str]:
         name, _, become = str(conventions["ablation"]).partition(": ")
         found.append(f"Ablation by {ABLATIONS.get(name, name)}" + (f": {become}" if become else ""))
     if "start" in conventions:
-        found.append(sentence_of_start(str(conventions["start"])))
+        found.append(f"Start: {conventions['start']}")
     if "aggregate" in conventions:
         found.append(f"F: {str(conventions['aggregate']).replace('_', ' ')} over prompts")
     return found
-
-
-def sentence_of_start(start: str) -> str:
-    """Where ablation begins; tables of before say "layers up to" the first ablated site, which is not free itself."""
-    told = re.fullmatch(r"(?:layers up to|everything before) (\S+) (?:are|is) free (.*)", start)
-    return (
-        f"What comes before {told[1]}, the first ablated site, is free {told[2]}"
-        if told
-        else start.capitalize()
-    )

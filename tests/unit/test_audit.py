@@ -211,7 +211,7 @@ def test_the_summary_counts_what_there_is(run):
     assert 0 <= summary["share"][outside][0] <= summary["share_upper"][outside][0] <= 1
     assert "nodes outside carry" in verdict(summary)
     assert "lies outside, at most" in verdicts(summary)["nodes"]
-    assert "(95 %), of these 4 pairs (" in verdict(summary)
+    assert "(95 %), for these pairs (" in verdict(summary)
     inside = tables["nodes"]["inside"]
     threshold = np.abs(tables["nodes"]["exact"][inside]).min()
     assert summary["threshold"][whole] == pytest.approx([threshold] * 2)
@@ -225,18 +225,18 @@ def test_nothing_is_bounded_where_everything_is_measured(run):
     tables = run(nodes=1000, edges=1000)
     summary = tables["summary"]
     assert "at most" not in verdict(summary)
-    assert "of these 4 pairs" in verdict(summary)
+    assert "for these pairs" in verdict(summary)
     for said in (*verdicts(summary).values(), *sentences(summary)):
         assert "at most" not in said
-    assert verdicts(summary)["nodes"].endswith("lies outside (all measured, of these 4 pairs)")
+    assert verdicts(summary)["nodes"].endswith("lies outside (all measured, for these pairs)")
 
 
 def test_what_is_said_beside_a_drawing_of_the_circuit():
     summary = {name: np.array(column) for name, column in made_up.summary().items()}
     assert remark(summary) == (
         "Audit: nodes, 20\u202f% of Σ|effect| lies outside, "
-        "at most 27\u202f% (95 %, of these 16 pairs); edges, 20\u202f% of "
-        "Σ|effect| lies outside, at most 27\u202f% (95 %, of these 16 pairs); each patched alone, on 16 test pairs."
+        "at most 27\u202f% (95 %, for these pairs); edges, 20\u202f% of "
+        "Σ|effect| lies outside, at most 27\u202f% (95 %, for these pairs); each patched alone, on 16 test pairs."
     )
     assert "5 measured nodes have a larger |effect|" in sentences(summary)[-1]
     unknown = {**summary, "share": np.full(len(summary["n"]), np.nan)}  # no unit has an effect

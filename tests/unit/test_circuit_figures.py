@@ -105,7 +105,7 @@ def test_the_audit_ends_the_note_of_a_circuit(name, stages, tmp_path, monkeypatc
     without, told = notes
     assert "Audit" not in without
     assert told.startswith(
-        f"{without} Audit: nodes, 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %, of these 16 pairs); "
+        f"{without} Audit: nodes, 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %, for these pairs); "
     )
     assert told.endswith("on 16 test pairs.")
 

@@ -92,17 +92,17 @@ def test_the_curve_is_of_the_main_condition_alone():
     assert len(conditions.main_rows(table())["F"]) == 3 * 5 + 2
 
 
-def test_the_footnote_says_the_first_ablated_site_in_words():
+def test_the_footnote_says_where_ablation_starts():
     """Tables of before name it as free, which it is not; raw names of conventions are no sentences."""
     said = {
         "ablation": "mean: nodes outside become their per-position mean",
-        "start": "layers up to resid.0 are free in C, in M and in the empty circuit",
+        "start": "everything before resid.0 is free in C, in M and in the empty circuit",
         "aggregate": "ratio_of_means",
     }
     figure = drawn(lambda: faithfulness.draw(table(), said, STYLE))
     note = figure.get_supxlabel().replace("\n", " ")
     assert "Ablation by mean: nodes outside become" in note
-    assert "What comes before resid.0, the first ablated site, is free in C" in note
+    assert "Start: everything before resid.0 is free in C" in note
     assert "F: ratio of means over prompts." in note
     star = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
     assert star

@@ -153,11 +153,11 @@ def under_the_circuit(text):
 def test_the_audit_stands_under_the_circuit(run, page, tmp_path):
     said = under_the_circuit(page)
     assert said[0] == (
-        "Nodes: 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %); 61 of 2\u202f339 outside and 54 of 58 "
-        "in the circuit patched alone, on 16 test pairs."
+        "Nodes: 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %, for these pairs); 61 of 2\u202f339 "
+        "outside and 54 of 58 in the circuit patched alone, on 16 test pairs."
     )
     assert said[1].startswith(
-        "Edges: 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %); 60 of 6\u202f650"
+        "Edges: 20\u202f% of Σ|effect| lies outside, at most 27\u202f% (95 %, for these pairs); 60 of 6\u202f650"
     )
     assert said[2].startswith(
         "Conservation: a node&#39;s edges sum to its score up to 3.0e−08 logits at worst"
