@@ -211,7 +211,7 @@ def test_the_summary_counts_what_there_is(run):
     assert 0 <= summary["share"][outside][0] <= summary["share_upper"][outside][0] <= 1
     assert "nodes outside carry" in verdict(summary)
     assert "lies outside, at most" in verdicts(summary)["nodes"]
-    assert "(95 %), for these pairs (" in verdict(summary)
+    assert "(95 %), of these 4 pairs (" in verdict(summary)
     inside = tables["nodes"]["inside"]
     threshold = np.abs(tables["nodes"]["exact"][inside]).min()
     assert summary["threshold"][whole] == pytest.approx([threshold] * 2)
@@ -225,7 +225,7 @@ def test_nothing_is_bounded_where_everything_is_measured(run):
     tables = run(nodes=1000, edges=1000)
     summary = tables["summary"]
     assert "at most" not in verdict(summary)
-    assert "for these pairs" in verdict(summary)
+    assert "of these 4 pairs" in verdict(summary)
     for said in (*verdicts(summary).values(), *sentences(summary)):
         assert "at most" not in said
     assert verdicts(summary)["nodes"].endswith("lies outside (all measured, for these pairs)")
