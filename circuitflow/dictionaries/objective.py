@@ -107,8 +107,8 @@ def solo(opened: Opened, b_dec: Float[Tensor, " d_out"], y: Float[Tensor, "batch
 
 
 @runtime_checkable
-class Objective(Protocol):
-    """One trainable kind with its settings."""
+class Kind(Protocol):
+    """What every trainable kind says of itself."""
 
     @property
     def select(self) -> str:
@@ -128,6 +128,15 @@ class Objective(Protocol):
         """Tensors that the kind keeps track of without a gradient (a running threshold …), at their first values."""
         ...
 
+    def finish(self, weights: Weights) -> Finished:
+        """The weights as inference uses them, as learned so far; nothing is changed in place."""
+        ...
+
+
+@runtime_checkable
+class Objective(Kind, Protocol):
+    """One trainable kind with its settings."""
+
     def step(
         self,
         weights: Weights,
@@ -142,37 +151,11 @@ class Objective(Protocol):
         """
         ...
 
-    def finish(self, weights: Weights) -> Finished:
-        """The weights as inference uses them, as learned so far; nothing is changed in place."""
-        ...
-
 
 @runtime_checkable
-class Member(Protocol):
+class Member(Kind, Protocol):
     """A kind that can reconstruct together with other dictionaries: its step is cut where the errors are joined."""
-
-    @property
-    def select(self) -> str:
-        """Name of the selection rule of the finished dictionary."""
-        ...
-
-    @property
-    def unit_decoder(self) -> bool:
-        """Whether decoder rows are kept at norm 1, over all sites that they write."""
-        ...
-
-    def extra_weights(self, d_dict: int) -> dict[str, Tensor]:
-        """As in :class:`Objective`."""
-        ...
-
-    def tracked(self, d_dict: int) -> dict[str, Tensor]:
-        """As in :class:`Objective`."""
-        ...
 
     def open(self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context) -> Opened:
         """Encode and decode one batch of normalised vectors."""
-        ...
-
-    def finish(self, weights: Weights) -> Finished:
-        """As in :class:`Objective`."""
         ...
