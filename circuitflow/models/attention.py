@@ -52,6 +52,24 @@ def attend(
     return mixed.view(batch, heads, pos, d_head).transpose(1, 2).contiguous(), None
 
 
+def patterns(
+    module: torch.nn.Module,
+    query: Float[Tensor, "batch heads pos d_head"],
+    key: Float[Tensor, "batch kv_heads pos d_head"],
+    attention_mask: Float[Tensor, "batch 1 pos pos"] | None,
+    **options: Any,
+) -> Float[Tensor, "batch heads pos pos"]:
+    """Weight of every key for every query, at least float32: what :func:`attend` makes of unit vectors as values."""
+    width, pos = key.shape[-1], key.shape[2]
+    unit = torch.eye(pos, device=key.device, dtype=torch.promote_types(key.dtype, torch.float32))
+    unit = torch.nn.functional.pad(unit, (0, -pos % width))
+    mixed = [
+        attend(module, query, key, part.expand(*key.shape[:2], -1, -1), attention_mask, **options)[0]
+        for part in unit.split(width, dim=1)  # a head's width of them at a time
+    ]
+    return torch.cat(mixed, dim=-1)[..., :pos].transpose(1, 2)
+
+
 def _mixed(weights: Tensor, value: Tensor, rule: str | None) -> Tensor:
     """weights @ value; with the rule "frozen" the weights are constants, with "half" each factor passes half."""
     if rule == "frozen":

@@ -17,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from circuitflow.errors import UserError
-from circuitflow.models.attention import ATTENTION, attend
+from circuitflow.models.attention import ATTENTION, attend, patterns
 from circuitflow.models.attention_weights import FrozenNorm, frozen_norm, norms, value_output
+from circuitflow.models.modules import attention_of
 from circuitflow.models.running import LanguageModel, run
 
 RECORDING = "circuitflow_recording"
@@ -245,16 +246,12 @@ def _seen(lm: LanguageModel) -> Iterator[_Seen]:
                         lambda m, args: seen.inputs.__setitem__(m, args[0][0])
                     )
                     undo.callback(hook.remove)
-            attention = _attention(lm, layer)
+            attention = attention_of(lm.blocks[layer])
             setattr(attention, KEPT, seen.patterns)
             undo.callback(delattr, attention, KEPT)
         lm.hf.set_attn_implementation(RECORDING)
         undo.callback(lm.hf.set_attn_implementation, ATTENTION)
         yield seen
-
-
-def _attention(lm: LanguageModel, layer: int) -> nn.Module:
-    return lm.blocks[layer].get_submodule(lm.arch.z.partition(".")[0])
 
 
 def _record(
@@ -265,15 +262,8 @@ def _record(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention, whose patterns go to the module's list: what it makes of unit vectors as values."""
-    pos, d_head = value.shape[2], value.shape[3]
-    wide = torch.promote_types(value.dtype, torch.float32)
-    blocks = []
-    for unit in torch.eye(pos, device=value.device, dtype=wide).split(d_head, dim=1):
-        padded = torch.nn.functional.pad(unit, (0, d_head - unit.shape[1]))
-        mixed, _ = attend(module, query, key, padded.expand(*key.shape[:3], -1), attention_mask, **options)
-        blocks.append(mixed[0, :, :, : unit.shape[1]])
-    getattr(module, KEPT).append(torch.cat(blocks, dim=2).transpose(0, 1))
+    """The library's attention, whose patterns go to the module's list."""
+    getattr(module, KEPT).append(patterns(module, query, key, attention_mask, **options)[0])
     return attend(module, query, key, value, attention_mask, **options)
 
 

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from circuitflow.models.attention import ATTENTION, attend
+from circuitflow.models.attention import ATTENTION, attend, patterns
+from circuitflow.models.modules import attention_of, norms_of, replaced
 from circuitflow.models.running import LanguageModel
 
 HELD = "circuitflow_held"
@@ -41,22 +42,15 @@ def recording(lm: LanguageModel) -> Iterator[Recorded]:
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
         ) -> Any:
-            # Mixing unit vectors, a head's width of them at a time, gives the patterns themselves.
-            width = query.shape[-1]
-            unit = nn.functional.pad(torch.eye(value.shape[2]).to(value), (0, -value.shape[2] % width))
-            parts = [
-                attend(module, query, key, part.expand(*key.shape[:2], -1, -1), *rest, **more)[0]
-                for part in unit.split(width, dim=1)
-            ]
-            found.patterns[number] = torch.cat(parts, -1)[..., : value.shape[2]].transpose(1, 2)
+            found.patterns[number] = patterns(module, query, key, *rest, **more).to(value.dtype)
             return attend(module, query, key, value, *rest, **more)
 
         return attention
 
     with _attention(lm, keep), ExitStack() as changes:
-        for number, norm in enumerate(norms(lm)):
+        for number, norm in enumerate(norms_of(lm.hf)):
             found.scales[number] = []
-            changes.enter_context(_replaced(norm, _recorded_norm(norm, found.scales[number])))
+            changes.enter_context(replaced(norm, _recorded_norm(norm, found.scales[number])))
         yield found
 
 
@@ -81,29 +75,9 @@ def holding(lm: LanguageModel, recorded: Recorded, *, attention: bool, norms_too
         if attention:
             changes.enter_context(_attention(lm, hold))
         if norms_too:
-            for number, norm in enumerate(norms(lm)):
-                changes.enter_context(_replaced(norm, _held_norm(norm, recorded.scales[number])))
+            for number, norm in enumerate(norms_of(lm.hf)):
+                changes.enter_context(replaced(norm, _held_norm(norm, recorded.scales[number])))
         yield
-
-
-def norms(lm: LanguageModel) -> list[nn.Module]:
-    """Every norm of the model, those of queries and keys included, in the order of its modules."""
-    return [
-        module
-        for module in lm.hf.modules()
-        if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
-    ]
-
-
-def attention_module(block: nn.Module) -> nn.Module:
-    """The module of a block that calls the attention function.
-
-    :raises TypeError: the block has none under a name that this library knows.
-    """
-    for name in ("self_attn", "attn", "attention"):
-        if hasattr(block, name):
-            return block.get_submodule(name)
-    raise TypeError(f"{type(block).__name__} has no attention module that this library knows")
 
 
 def _dispatch(module: nn.Module, *args: Any, **more: Any) -> Any:
@@ -117,7 +91,7 @@ AttentionMaskInterface.register(HELD, eager_mask)
 @contextmanager
 def _attention(lm: LanguageModel, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Another attention function for every block, made from the block's number."""
-    modules = [attention_module(block) for block in lm.blocks]
+    modules = [attention_of(block) for block in lm.blocks]
     for number, module in enumerate(modules):
         setattr(module, HELD, make(number))
     lm.hf.set_attn_implementation(HELD)
@@ -187,17 +161,3 @@ def _held_norm(norm: nn.Module, seen: list[Tensor]) -> Callable[..., Tensor]:
             return forward(x)
 
     return rms_norm
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Another forward for one module; one that was set on the instance before comes back afterwards."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

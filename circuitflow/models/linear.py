@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from circuitflow.models.attention import RULE
+from circuitflow.models.modules import attention_of, norms_of, replaced
 from circuitflow.models.running import LanguageModel
 
 CHOICES = {
@@ -68,17 +69,16 @@ def linearised(lm: LanguageModel, rules: Rules) -> Iterator[None]:
     """
     with ExitStack() as changes:
         if rules.norms == "frozen":
-            for module in lm.hf.modules():
-                if _is_norm(module):
-                    changes.enter_context(_replaced(module, _frozen_norm(module)))
+            for module in norms_of(lm.hf):
+                changes.enter_context(replaced(module, _frozen_norm(module)))
         for block in lm.blocks:
             mlp = block.get_submodule("mlp")
             if rules.activations == "frozen":
-                changes.enter_context(_replaced(_activation(mlp), _frozen_activation(_activation(mlp))))
+                changes.enter_context(replaced(_activation(mlp), _frozen_activation(_activation(mlp))))
             if rules.products == "half" and hasattr(mlp, "up_proj"):
                 changes.enter_context(_halved(mlp))
             if rules.attention != "free":
-                changes.enter_context(_marked(_attention(block), rules.attention))
+                changes.enter_context(_marked(attention_of(block), rules.attention))
         yield
 
 
@@ -87,22 +87,11 @@ def with_value(value: Tensor, path: Tensor) -> Tensor:
     return value.detach() + (path - path.detach())
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
-
-
 def _activation(mlp: nn.Module) -> nn.Module:
     found = getattr(mlp, "act_fn", None) or getattr(mlp, "act", None)
     if not isinstance(found, nn.Module):
         raise TypeError(f"{type(mlp).__name__} has no activation module that this library knows")
     return found
-
-
-def _attention(block: nn.Module) -> nn.Module:
-    for name in ("self_attn", "attn", "attention"):
-        if hasattr(block, name):
-            return block.get_submodule(name)
-    raise TypeError(f"{type(block).__name__} has no attention module that this library knows")
 
 
 class _ConstantScale(TorchFunctionMode):
@@ -179,20 +168,6 @@ def _halved(mlp: nn.Module) -> Iterator[None]:
 def half_product(first: Tensor, second: Tensor) -> Tensor:
     """first·second, as half of each factor times the other held constant."""
     return 0.5 * (first * second.detach() + first.detach() * second)
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Another forward for one module; one that was set on the instance before comes back afterwards."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @contextmanager
