@@ -32,7 +32,7 @@ for family in """
     faithfulness faithfulness_figures error_nodes error_node_figures validation comparison effects
     features figures circuit_figures report study study_figures variant_figures
     transcoders transcoder_figures crosscoders crosscoder_layers graphs graph_figures graph_experiments
-    graph_experiment_figures diffing requests workarounds
+    graph_experiment_figures diffing diffing_results requests workarounds
 """.split():
 
     include: f"rules/{family}.smk"

@@ -21,9 +21,11 @@ from circuitflow.plots.circuit_marks import (
     STRONGEST,
     edge_opacity,
     edge_width,
+    legend_below,
     mark,
     sign_colour,
     tint,
+    widths,
 )
 from circuitflow.plots.graph_layout import BOTTOM, BOX, HEIGHT, LOGITS, TOKENS, Place, arrange
 from circuitflow.plots.graph_routes import rounded_curve, straight_routes
@@ -260,13 +262,11 @@ def _legend(axes: Axes, picture: Picture, style: Style) -> None:
         mark("raises the upper node", linestyle="-", linewidth=3, color=palette.positive),
         mark("lowers it", linestyle="-", linewidth=3, color=palette.negative),
     ]
-    for share in (0.01, 0.1, 1.0) if picture.edges else ():
-        label = f"edge with {percent(share * picture.strongest, 2)} of the influence"
-        marks.append(mark(label, linestyle="-", linewidth=edge_width(share), color=palette.muted))
-    axes.legend(
-        handles=marks, loc="lower left", bbox_to_anchor=(0.005, 0), ncols=4, fontsize=style.font_size * 0.9,
-        columnspacing=1.2, handlelength=1.7, borderaxespad=0.3,
-    )  # fmt: skip
+    if picture.edges:
+        marks += widths(
+            lambda share: f"edge with {percent(share * picture.strongest, 2)} of the influence", palette.muted
+        )
+    legend_below(axes, marks, 4, style)
     size = style.font_size * SMALL
     lines = wrapped(note(picture), picture.place.layout.width - 0.9, size)
     axes.text(0.12, BOTTOM - 0.1, "\n".join(lines), fontsize=size, color=palette.muted, va="top")

@@ -1,6 +1,6 @@
 """What circuit drawings have in common: widths, tints, labels of nodes, legends, how nodes were chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -193,6 +193,28 @@ def mark(label: str, **look: Any) -> Line2D:
     return Line2D([], [], label=label, **{"linestyle": "", **look})
 
 
+def widths(told: Callable[[float], str], colour: str) -> list[Line2D]:
+    """Entries for edges of three strengths, told by their share of the strongest."""
+    return [
+        mark(told(share), linestyle="-", linewidth=edge_width(share), color=colour)
+        for share in (0.01, 0.1, 1.0)
+    ]
+
+
+def legend_below(axes: Axes, marks: list[Line2D], columns: int, style: Style) -> None:
+    """The legend at the bottom of a drawing."""
+    axes.legend(
+        handles=marks,
+        loc="lower left",
+        bbox_to_anchor=(0.005, 0),
+        ncols=columns,
+        fontsize=style.font_size * 0.9,
+        columnspacing=1.2,
+        handlelength=1.7,
+        borderaxespad=0.3,
+    )
+
+
 def legend(axes: Axes, drawn: Drawing, told: str, width: float, style: Style) -> None:
     """At the bottom: kinds of nodes, signs, three widths of edges with their weights, and lines of text above them."""
     palette = style.palette
@@ -208,19 +230,11 @@ def legend(axes: Axes, drawn: Drawing, told: str, width: float, style: Style) ->
         mark("> 0: supports the clean answer", linestyle="-", linewidth=3, color=palette.positive),
         mark("< 0: opposes it", linestyle="-", linewidth=3, color=palette.negative),
     ]
-    for share in (0.01, 0.1, 1.0) if drawn.edges else ():
-        label = f"edge of {number(share * drawn.strongest_edge, 2)} {drawn.unit}"
-        marks.append(mark(label, linestyle="-", linewidth=edge_width(share), color=palette.muted))
-    axes.legend(
-        handles=marks,
-        loc="lower left",
-        bbox_to_anchor=(0.005, 0),
-        ncols=3,
-        fontsize=style.font_size * 0.9,
-        columnspacing=1.2,
-        handlelength=1.7,
-        borderaxespad=0.3,
-    )
+    if drawn.edges:
+        marks += widths(
+            lambda share: f"edge of {number(share * drawn.strongest_edge, 2)} {drawn.unit}", palette.muted
+        )
+    legend_below(axes, marks, 3, style)
     size = style.font_size * SMALL
     lines = wrapped(told, width - 0.3, size)
     axes.text(0.12, 0.66, "\n".join(lines), fontsize=size, color=palette.muted, va="bottom")
