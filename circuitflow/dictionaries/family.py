@@ -4,7 +4,7 @@ Each member reads and writes sites of its own; what several members write to one
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from circuitflow.dictionaries.codes import Codes
 from circuitflow.dictionaries.dictionary import WEIGHTS_FILE, Dictionary, load_dictionary, save_dictionary
 from circuitflow.errors import UserError, nearest
-from circuitflow.models.sites import depth_order, parse_site
+from circuitflow.models.sites import depth, in_depth_order
 from circuitflow.store.objects import read_manifest
 
 MEMBER = re.compile(r"member_(\d+)\.safetensors")
@@ -35,12 +35,12 @@ class Family:
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Every site that a member reads, once, in order of depth."""
-        return in_depth_order(site for member in self.members for site in member.reads)
+        return tuple(in_depth_order(site for member in self.members for site in member.reads))
 
     @cached_property
     def writes(self) -> tuple[str, ...]:
         """Every site that a member writes, once, in order of depth."""
-        return in_depth_order(site for member in self.members for site in member.writes)
+        return tuple(in_depth_order(site for member in self.members for site in member.writes))
 
     def encode(
         self, x: Mapping[str, Float[Tensor, "n d"]], positions: Int64[Tensor, " n"]
@@ -101,21 +101,6 @@ def read_by(dictionary: Dictionary, x: Mapping[str, Float[Tensor, "n d"]]) -> Fl
     if len(dictionary.reads) == 1:
         return x[dictionary.reads[0]]
     return torch.cat([x[site] for site in dictionary.reads], dim=1)
-
-
-def bare(site: str) -> str:
-    """A site without the name of its model: ``resid.12`` for ``tuned:resid.12``."""
-    return site.rpartition(":")[2]
-
-
-def depth(site: str) -> tuple[int, int]:
-    """Key that sorts sites by depth, those of another model (``tuned:resid.12``) as their own namesakes."""
-    return depth_order(parse_site(bare(site)))
-
-
-def in_depth_order(sites: Iterable[str]) -> tuple[str, ...]:
-    """Different sites in order of depth; of one depth the first mentioned comes first."""
-    return tuple(sorted(dict.fromkeys(sites), key=depth))
 
 
 def load_family(paths: Sequence[Path]) -> Family:

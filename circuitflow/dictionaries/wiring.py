@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from circuitflow.dictionaries.family import bare, in_depth_order
 from circuitflow.errors import UserError
+from circuitflow.models.sites import bare, in_depth_order
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Wiring:
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Every site that is read, once, in order of depth."""
-        return in_depth_order(site for member in self.members for site in member.reads)
+        return tuple(in_depth_order(site for member in self.members for site in member.reads))
 
     @cached_property
     def writes(self) -> tuple[str, ...]:
         """Every site that is written, once, in order of depth."""
-        return in_depth_order(site for member in self.members for site in member.writes)
+        return tuple(in_depth_order(site for member in self.members for site in member.writes))
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -54,7 +54,10 @@ class Wiring:
         :raises UserError: sites that no dictionary of this program can read and write together.
         """
         wiring = cls(
-            tuple(Member(in_depth_order(reads), in_depth_order(writes)) for reads, writes in members)
+            tuple(
+                Member(tuple(in_depth_order(reads)), tuple(in_depth_order(writes)))
+                for reads, writes in members
+            )
         )
         if not wiring.members or not all(each.reads and each.writes for each in wiring.members):
             raise UserError("A dictionary needs at least one site to read and one to write; name them.")
@@ -97,7 +100,7 @@ def cross_layer(layers: Sequence[int]) -> list[list[list[str]]]:
 
 def crosscoder(sites: Sequence[str]) -> list[list[list[str]]]:
     """A crosscoder of these sites, as plain lists."""
-    return [[list(in_depth_order(sites))] * 2]
+    return [[in_depth_order(sites)] * 2]
 
 
 def _several(sites: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Sites: the places in a model where a vector of known width lives, and their order of computation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import total_ordering
 
@@ -57,3 +58,18 @@ def parse_site(text: str) -> Site:
 def depth_order(site: Site) -> tuple[int, int]:
     """Key that sorts sites in the order in which a model computes them."""
     return (-1, 0) if site.layer is None else (site.layer, WITHIN_BLOCK.index(site.kind))
+
+
+def bare(site: str) -> str:
+    """A site without the name of its model: ``resid.12`` for ``tuned:resid.12``."""
+    return site.rpartition(":")[2]
+
+
+def depth(site: str) -> tuple[int, int]:
+    """Key that sorts sites by depth, those of another model (``tuned:resid.12``) as their own namesakes."""
+    return depth_order(parse_site(bare(site)))
+
+
+def in_depth_order(sites: Iterable[str]) -> list[str]:
+    """Different sites, or sets of sites joined by ``+``, by depth; of one depth the first mentioned comes first."""
+    return sorted(dict.fromkeys(map(str, sites)), key=lambda name: [depth(site) for site in name.split("+")])

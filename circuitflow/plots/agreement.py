@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from circuitflow.jobs import Output
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
-from circuitflow.plots.tables import Table, in_depth_order, rows, unit_of
+from circuitflow.plots.tables import Table, rows, unit_of
 from circuitflow.store.tables import read_table
 
 DODGE = 1.04  # factor between the places of neighbouring sites, so that equal overlaps do not hide each other

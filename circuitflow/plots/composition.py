@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
-from circuitflow.plots.tables import ASSEMBLED, Table, in_depth_order, rows
+from circuitflow.plots.tables import ASSEMBLED, Table, rows
 from circuitflow.store.tables import read_table
 
 KINDS = {

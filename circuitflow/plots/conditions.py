@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from circuitflow.plots.tables import Table, in_depth_order, rows
+from circuitflow.models.sites import in_depth_order
+from circuitflow.plots.tables import Table, rows
 
 MAIN = "main"
 ABLATIONS = {

@@ -10,10 +10,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.error_series import places
 from circuitflow.plots.scales import log_axis
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
-from circuitflow.plots.tables import Table, in_depth_order, rows, unit_of
+from circuitflow.plots.tables import Table, rows, unit_of
 from circuitflow.store.tables import read_table
 
 LOOKS = {"error": ("error", "^"), "features": ("feature", "o"), "whole": ("text", "s")}

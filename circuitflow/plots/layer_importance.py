@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from circuitflow.jobs import Output
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
-from circuitflow.plots.tables import Table, in_depth_order, rows, unit_of
+from circuitflow.plots.tables import Table, rows, unit_of
 from circuitflow.store.tables import read_table
 
 MARKERS = {"features": "o", "error": "^"}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
-from circuitflow.models.sites import depth_order, parse_site
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.numbers import counted, number, whole
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
 from circuitflow.plots.tables import Table, rows
@@ -55,15 +55,6 @@ def draw(table: Table, style: Style) -> Figure:
     counts = {"kept": _n(table, "fvu", "kept"), "predicted": _n(table, "ce_recovered", "all")}
     footnote(figure, NOTE.format(**counts, outside=_outside(rows(table, quantity="ce_recovered"))), style)
     return figure
-
-
-def in_depth_order(sites: Any) -> list[str]:
-    """Different sites, or sets of sites joined by ``+``, by depth."""
-
-    def key(name: str) -> list[tuple[int, int]]:
-        return [depth_order(parse_site(site.rpartition(":")[2])) for site in name.split("+")]
-
-    return sorted(dict.fromkeys(map(str, sites)), key=key)
 
 
 def _from_zero(axes: Axes) -> None:

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.scales import token_axis
-from circuitflow.plots.spanning_quality import in_depth_order
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
 from circuitflow.store.objects import read_manifest
 

@@ -1,13 +1,12 @@
 """What figures and the page both need from tables: rows by condition, sites in order, intervals, training logs."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from circuitflow.models.sites import depth_order, parse_site
 from circuitflow.store.objects import read_manifest
 
 Table = Mapping[str, np.ndarray]
@@ -23,11 +22,6 @@ def rows(table: Table, **conditions: object) -> dict[str, np.ndarray]:
     for name, value in conditions.items():
         keep &= table[name] == value
     return {name: column[keep] for name, column in table.items()}
-
-
-def in_depth_order(sites: Iterable[str]) -> list[str]:
-    """Different sites, the earliest computed first."""
-    return sorted(set(sites), key=lambda site: depth_order(parse_site(site)))
 
 
 def swept(faithfulness: Table, series: str) -> dict[str, np.ndarray]:

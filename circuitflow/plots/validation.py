@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from circuitflow.jobs import Output
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.methods import NAMES, bounded, by_site
 from circuitflow.plots.numbers import MINUS, fixed, number
 from circuitflow.plots.scales import log_axis
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
-from circuitflow.plots.tables import Table, in_depth_order, rows
+from circuitflow.plots.tables import Table, rows
 from circuitflow.store.tables import read_provenance, read_table
 
 ACROSS = 4

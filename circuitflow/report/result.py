@@ -9,8 +9,9 @@ import numpy as np
 
 from circuitflow.circuits.circuit import Circuit, read_circuit
 from circuitflow.features.descriptions import Descriptions, read_descriptions
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.conditions import main_rows
-from circuitflow.plots.tables import ASSEMBLED, Table, in_depth_order, rows, swept, top_nodes, unit_of
+from circuitflow.plots.tables import ASSEMBLED, Table, rows, swept, top_nodes, unit_of
 from circuitflow.store.tables import read_provenance, read_table
 
 NODES_LISTED = 40

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from circuitflow.dictionaries.dictionary import Dictionary, Skip, load_dictionary, save_dictionary
-from circuitflow.dictionaries.family import Family, in_depth_order, load_family, save_family
+from circuitflow.dictionaries.family import Family, load_family, save_family
 from circuitflow.dictionaries.wiring import Wiring, cross_layer, crosscoder, transcoder
 from circuitflow.errors import UserError
+from circuitflow.models.sites import in_depth_order
 from circuitflow.store.objects import Manifest
 
 D = 3
@@ -97,9 +98,9 @@ def test_families_survive_their_files(cross: Family, tmp_path: Path):
 
 
 def test_sites_of_two_models_keep_the_order_of_their_names():
-    assert in_depth_order(["tuned:resid.3", "base:resid.3", "resid.10", "mlp.3"]) == (
+    assert in_depth_order(["tuned:resid.3", "base:resid.3", "resid.10", "mlp.3"]) == [
         "mlp.3", "tuned:resid.3", "base:resid.3", "resid.10",
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def test_wirings():

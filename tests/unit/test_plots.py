@@ -21,6 +21,7 @@ from circuitflow.circuits.circuit import METRIC, Circuit, Edge, Node, read_circu
 from circuitflow.data.proportions import wilson
 from circuitflow.errors import UserError
 from circuitflow.features.descriptions import read_descriptions
+from circuitflow.models.sites import in_depth_order
 from circuitflow.plots import (
     agreement,
     circuit,
@@ -42,7 +43,7 @@ from circuitflow.plots.style import (
     text_width,
     wrapped,
 )
-from circuitflow.plots.tables import in_depth_order, rows, top_nodes
+from circuitflow.plots.tables import rows, top_nodes
 from circuitflow.store.tables import read_table
 from tests.fixtures.synthetic_page import PLOTS, plot
 from tests.fixtures.synthetic_run import SITES, Run, write_run

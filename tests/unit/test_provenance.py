@@ -1,5 +1,7 @@
 """Digests of code: cosmetic edits keep them, others change them, and closures stay small."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,14 @@ def test_initial_files_are_empty() -> None:
 
 def test_canonical_json_does_not_depend_on_order() -> None:
     assert provenance.canonical_json({"b": 1, "a": [1, 2]}) == '{"a":[1,2],"b":1}'
+
+
+def test_the_workflow_starts_without_torch() -> None:
+    """Every command, and every job of a cluster, reads the Snakefile and its rules first."""
+    files = [ROOT / "Snakefile", *(ROOT / "rules").glob("*.smk")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    imports = [line for line in lines if line.startswith("from circuitflow")]
+    assert len(imports) > 5
+    heavy = "{'torch', 'transformers', 'zarr', 'matplotlib', 'sklearn'}"
+    code = "\n".join([*imports, "import sys", f"assert not {heavy} & set(sys.modules), sys.modules.keys()"])
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from circuitflow.jobs import Output
-from circuitflow.plots.spanning_quality import draw, in_depth_order, plot_spanning_quality
+from circuitflow.models.sites import in_depth_order
+from circuitflow.plots.spanning_quality import draw, plot_spanning_quality
 from circuitflow.plots.spanning_training import plot_spanning_training, read_curves
 from circuitflow.plots.style import Style, drawing
 from circuitflow.store.objects import Manifest

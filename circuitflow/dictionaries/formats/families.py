@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from circuitflow.dictionaries.dictionary import save_dictionary
-from circuitflow.dictionaries.family import Family, depth, load_family
+from circuitflow.dictionaries.family import Family, load_family
 from circuitflow.dictionaries.formats import circuit_tracer_sets
 from circuitflow.dictionaries.formats.hub import Source, fetch_dictionary
 from circuitflow.dictionaries.formats.places import LAYOUTS, WRITTEN, Place, layout_of, names_below
 from circuitflow.dictionaries.formats.registry import read_dictionary, write_dictionary
 from circuitflow.errors import UserError, nearest
+from circuitflow.models.sites import depth
 
 ANY_NAME = ("circuitflow", "decoder")
 """Formats whose files may bear any name."""

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from circuitflow.dictionaries.dictionary import Dictionary, load_dictionary, save_dictionary
-from circuitflow.dictionaries.family import bare, member_files
+from circuitflow.dictionaries.family import member_files
 from circuitflow.dictionaries.formats.naming import Hint, choose_site
 from circuitflow.dictionaries.formats.places import Place
 from circuitflow.errors import UserError
-from circuitflow.models.sites import parse_site
+from circuitflow.models.sites import bare, parse_site
 
 
 def read(place: Place, site: str | None) -> Dictionary:
