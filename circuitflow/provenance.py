@@ -55,7 +55,7 @@ def code_digest(script: Path) -> str:
     A cosmetic edit keeps it; any other edit to the script or to something it imports, however deep, changes it.
     """
     counted = [path for path in import_closure(script) if _label(path) not in NEUTRAL_LABELS]
-    parts = {_label(path): digest(_bare_source(path)) for path in counted}
+    parts = {_label(path): _read(path)[0] for path in counted}
     return digest(canonical_json(parts))
 
 
@@ -70,7 +70,7 @@ def import_closure(script: Path) -> list[Path]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            waiting.extend(_imported_files(path))
+            waiting.extend(_read(path)[1])
     return sorted(found)
 
 
@@ -79,9 +79,15 @@ def _label(path: Path) -> str:
 
 
 @cache
-def _bare_source(path: Path) -> str:
+def _read(path: Path) -> tuple[str, tuple[Path, ...]]:
+    """Digest of a file's code, comments and docstrings left out, and the files of the package that it imports.
+
+    One parse serves both: every start of the workflow reads the whole library.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    names: set[str] = set()
     for node in ast.walk(tree):
+        names.update(_imported_names(node, path))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if (
@@ -90,14 +96,8 @@ def _bare_source(path: Path) -> str:
                 and isinstance(first.value.value, str)
             ):
                 node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-@cache
-def _imported_files(path: Path) -> tuple[Path, ...]:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    names = {name for node in ast.walk(tree) for name in _imported_names(node, path)}
-    return tuple(file for name in sorted(names) for file in _module_files(name))
+    files = tuple(file for name in sorted(names) for file in _module_files(name))
+    return digest(ast.unparse(tree)), files
 
 
 def _imported_names(node: ast.AST, path: Path) -> Iterator[str]:

@@ -65,8 +65,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def digest_after(script: Path, file: str, text: str) -> str:
     path = script.parent / "circuitflow" / file
     path.write_text(text)
-    provenance._bare_source.cache_clear()
-    provenance._imported_files.cache_clear()
+    provenance._read.cache_clear()
     return provenance.code_digest(script)
 
 
