@@ -38,6 +38,9 @@ for family in """
     include: f"rules/{family}.smk"
 
 
+CODE.remember()
+
+
 onstart:
     look_only_when_jobs_end()
     record_owner(Path(".snakemake"))

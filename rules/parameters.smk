@@ -1,5 +1,7 @@
 # Parameters that rules share; no rules.
-from circuitflow.provenance import code_digest
+from circuitflow.code_digests import CodeReader
+
+CODE = CodeReader(memory=Path(".snakemake/circuitflow/code.json"))
 
 
 def task_style(wildcards):
@@ -9,4 +11,4 @@ def task_style(wildcards):
 
 def code(rule):
     """Digest of a rule's script and of the library it imports: what makes a code edit re-run the rule."""
-    return code_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py")
+    return CODE.digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py")

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float
 
 from circuitflow.circuits.interventions import Intervention, key
+from circuitflow.code_digests import CodeReader
 from circuitflow.jobs import Output
 from circuitflow.progress import logger
-from circuitflow.provenance import canonical_json, code_digest, digest
+from circuitflow.provenance import canonical_json, digest
 from circuitflow.store.journal import Journal
 from circuitflow.store.ledger import STAGE, Ledger, open_ledger, recomputed
 from circuitflow.store.objects import Recipe
@@ -49,7 +50,7 @@ def ledger_for(
         STAGE,
         {**shared, "split": split, **more},
         {name: contents[name] for name in read if name in contents},
-        code_digest(code),
+        CodeReader().digest(code),
     )
     return open_ledger(out.folder.parent, recipe, recomputed(str(out.provenance.get("stage"))))
 

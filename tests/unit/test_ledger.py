@@ -151,7 +151,7 @@ def test_the_log_counts_different_experiments(objects, monkeypatch, keys, said):
 
 
 def test_a_stages_ledger_depends_on_what_decides_m_and_on_nothing_else(objects, monkeypatch):
-    monkeypatch.setattr(measuring, "code_digest", lambda path: "code")
+    monkeypatch.setattr(measuring.CodeReader, "digest", lambda reader, path: "code")
     params = {"sites": ["embed"], "metric": {}, "ablation": "mean", "pairs": 4, "seed": 0, "counts": [1]}
     contents = {"model": "a", "dictionaries": ["b"], "tokens_test": "c", "nodes": "d"}
 
@@ -173,7 +173,7 @@ def test_a_stages_ledger_depends_on_what_decides_m_and_on_nothing_else(objects, 
 
 
 def test_recomputing_does_not_look_into_the_ledger(objects, monkeypatch):
-    monkeypatch.setattr(measuring, "code_digest", lambda path: "code")
+    monkeypatch.setattr(measuring.CodeReader, "digest", lambda reader, path: "code")
     out = Output(objects / "job", {}, {"stage": "evaluate_circuit"})
     ledger = ledger_for(out, {}, "test")
     ledger.add(["a"], np.array([[1.0]]))

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from circuitflow import provenance, tracking
+from circuitflow import code_digests, tracking
 from circuitflow.dictionaries.describing import read_log
 from circuitflow.dictionaries.state import Interval
 from circuitflow.tracking import Run, follow, tracking_of
 from tests.fixtures.activation_store import SITE, planted, with_sinks, write_store
 from tests.fixtures.training_process import params, start, steps_done, train
 
-SCRIPT = provenance.PACKAGE.parent / "workflow_scripts" / "train_dictionary.py"
+SCRIPT = code_digests.PACKAGE.parent / "workflow_scripts" / "train_dictionary.py"
 RUN = Run("0123abcd", "resid.1", {"kind": "topk"})
 
 
@@ -142,9 +142,9 @@ def test_what_a_workflow_says(tmp_path: Path):
 
 
 def test_an_edit_to_tracking_trains_nothing_again():
-    closure = provenance.import_closure(SCRIPT)
-    assert provenance.PACKAGE / "tracking.py" in closure
-    assert "circuitflow/tracking.py" in provenance.NEUTRAL_LABELS
+    closure = code_digests.CodeReader().closure(SCRIPT)
+    assert code_digests.PACKAGE / "tracking.py" in closure
+    assert "circuitflow/tracking.py" in code_digests.NEUTRAL_LABELS
 
 
 class Items(dict):

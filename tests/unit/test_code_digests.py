@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from circuitflow import provenance
+from circuitflow import code_digests
+from circuitflow.code_digests import CodeReader
+from circuitflow.provenance import canonical_json
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "workflow_scripts").glob("*.py"))
@@ -17,10 +19,10 @@ MORE = {
     # Evaluations run the model (6 files) with dictionaries in it (8), on cached activations (9 of data and
     # attribution), with the engine that replaces nodes (7) and the store with its ledger (7); 10 are packages' own
     # or put no number into a result.
-    "ablate_error_nodes": (52, "and the planning of experiments on error nodes"),
+    "ablate_error_nodes": (53, "and the planning of experiments on error nodes"),
     "evaluate_budget": (50, "and the circuit that it writes"),
-    "evaluate_circuit": (57, "and conditions, neurons in place of features, and three tables"),
-    "evaluate_edges": (57, "and the passes of edges: paths, ends and pullback"),
+    "evaluate_circuit": (58, "and conditions, neurons in place of features, and three tables"),
+    "evaluate_edges": (58, "and the passes of edges: paths, ends and pullback"),
     "measure_effects": (48, "and the circuit that it reads"),
     "search_circuit": (47, "and the order of the nodes"),
     "train_dictionary": (52, "and what trains dictionaries of several sites: one trainer serves both"),
@@ -53,7 +55,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "part" / "used.py").write_text('"""What it does."""\n\nX = 1  # one\n')
     (package / "part" / "lazy.py").write_text("Y = 2\n")
     (package / "part" / "unused.py").write_text("Z = 3\n")
-    monkeypatch.setattr(provenance, "PACKAGE", package)
+    monkeypatch.setattr(code_digests, "PACKAGE", package)
     path = tmp_path / "script.py"
     path.write_text(
         "from circuitflow.errors import *\nfrom circuitflow.part import used\n\n\n"
@@ -65,8 +67,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def digest_after(script: Path, file: str, text: str) -> str:
     path = script.parent / "circuitflow" / file
     path.write_text(text)
-    provenance._read.cache_clear()
-    return provenance.code_digest(script)
+    return CodeReader().digest(script)
 
 
 @pytest.mark.parametrize(
@@ -81,21 +82,48 @@ def digest_after(script: Path, file: str, text: str) -> str:
     ],
 )
 def test_what_changes_the_digest(script: Path, file: str, text: str, same: bool) -> None:
-    before = provenance.code_digest(script)
+    before = CodeReader().digest(script)
     assert (digest_after(script, file, text) == before) is same
+
+
+def test_a_remembered_file_is_not_parsed_again(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script.parent / ".snakemake" / "code.json"
+    first = CodeReader(memory)
+    digest = first.digest(script)
+    first.remember()
+    (script.parent / "circuitflow/part/used.py").write_text("X = 2\n")
+    second = CodeReader(memory)
+    assert second.digest(script) == CodeReader().digest(script) != digest
+    second.remember()
+
+    def parse(source: bytes, path: Path) -> None:
+        raise AssertionError(f"{path} was parsed again")
+
+    monkeypatch.setattr(code_digests, "_parse", parse)
+    assert CodeReader(memory).digest(script) == second.digest(script)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"key": 1}', '{"key": [1, 2, 3]}'])
+def test_a_damaged_memory_costs_only_time(script: Path, text: str) -> None:
+    memory = script.parent / "code.json"
+    memory.write_text(text)
+    reader = CodeReader(memory)
+    assert reader.digest(script) == CodeReader().digest(script)
+    reader.remember()
+    assert CodeReader(memory).digest(script) == reader.digest(script)
 
 
 def closure_of(stage: str) -> dict[str, str]:
     """Path within the library → its folder, of everything that a stage imports; packages' own files left out."""
     package = ROOT / "circuitflow"
-    files = provenance.import_closure(ROOT / "workflow_scripts" / f"{stage}.py")
+    files = CodeReader().closure(ROOT / "workflow_scripts" / f"{stage}.py")
     inside = (file.relative_to(package) for file in files if file.is_relative_to(package))
     return {str(file): file.parent.name for file in inside if file.name != "__init__.py"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_stage_closures_stay_small(path: Path) -> None:
-    closure = provenance.import_closure(path)
+    closure = CodeReader().closure(path)
     names = {file.name for file in closure}
     assert not names & CLI_ONLY, f"{path.name} imports {names & CLI_ONLY}"
     most, _ = MORE.get(path.stem, (MODULES, ""))
@@ -109,7 +137,7 @@ def test_stage_closures_stay_small(path: Path) -> None:
 def test_bounds_are_no_wider_than_what_is_there() -> None:
     scripts = {path.stem: path for path in SCRIPTS}
     for stage, (most, _) in MORE.items():
-        size = len(provenance.import_closure(scripts[stage]))
+        size = len(CodeReader().closure(scripts[stage]))
         assert size > MODULES, f"{stage} needs no bound of its own"
         assert most - size <= 2, f"{stage} has {size} files; lower its bound"
 
@@ -158,7 +186,7 @@ def test_initial_files_are_empty() -> None:
 
 
 def test_canonical_json_does_not_depend_on_order() -> None:
-    assert provenance.canonical_json({"b": 1, "a": [1, 2]}) == '{"a":[1,2],"b":1}'
+    assert canonical_json({"b": 1, "a": [1, 2]}) == '{"a":[1,2],"b":1}'
 
 
 def test_the_workflow_starts_without_torch() -> None:
