@@ -14,6 +14,8 @@ BIN := .venv/bin
 CHECKED := circuitflow workflow_scripts tests envs $(wildcard benchmarks)
 CHOSEN := $(if $(filter-out config.yaml,$(CONFIG)),--configfile "$(CONFIG)")
 PEERS := $(wildcard envs/peers/*.txt)
+# As many files of tests at once as there are processors, the long ones first.
+SIDE_BY_SIDE := -n logical --dist loadgroup --no-loadscope-reorder
 RULES := Snakefile $(wildcard rules/*.smk)
 
 help: ## list the targets
@@ -25,10 +27,10 @@ run: .venv/runtime ## install what is pinned, then run the workflow on CONFIG (d
 	$(BIN)/snakemake --cores $(CORES) $(CHOSEN)
 
 test: dev ## every test that can run here; those that need Slurm, Chromium or a GPU say so and skip
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 check: lint ## lint, and the quick tests
-	$(BIN)/python -m pytest -q -m "not slow" tests/unit
+	$(BIN)/python -m pytest -q -m "not slow" $(SIDE_BY_SIDE) tests/unit
 
 lint: dev ## formatting, style and types, of Python and Snakemake files
 	$(BIN)/ruff format --check $(CHECKED)

@@ -36,7 +36,7 @@ class Tokenizer:
 @pytest.fixture
 def run(random_lm, monkeypatch, tmp_path):
     lm, pairs = random_lm("llama"), toy_pairs(4)
-    lm.tokenizer = Tokenizer()
+    monkeypatch.setattr(lm, "tokenizer", Tokenizer())
     monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: lm)
     monkeypatch.setattr(evaluation, "load_token_pairs", lambda _: pairs)
     cached = cached_of(lm, pairs, SITES)

@@ -30,6 +30,9 @@ EXPERIMENTS = ("faithfulness", "error_nodes", "validation", "compare", "effects"
 GRAPHS = ("transcoders", "graphs", "graph_experiments", "crosscoder")
 """Those of dictionaries that span sites, and of attribution graphs."""
 
+COLLECTING = ("all", "total", "diff", *EXPERIMENTS, *GRAPHS)
+"""Lines of a plan that are no work."""
+
 FEWER = {
     "sites: [resid.0, resid.1, resid.2]": "sites: [resid.0, resid.1]",
     "overlap_at: [5, 20]": "overlap_at: [5], compare: [atp, exact], budget: 8, bootstrap: 50",
@@ -99,9 +102,7 @@ class Clone:
         """Jobs by rule that a run would do now; ``all`` and targets of experiments left out."""
         output = self.snakemake("-n", "--quiet", "rules", *arguments).stdout
         jobs = {name: int(count) for name, count in STATS_ROW.findall(output)}
-        return {
-            name: count for name, count in jobs.items() if name not in ("all", "total", *EXPERIMENTS, *GRAPHS)
-        }
+        return {name: count for name, count in jobs.items() if name not in COLLECTING}
 
     def environment(self) -> dict[str, str]:
         """The copy's library comes before an installed one."""
@@ -121,8 +122,8 @@ class Clone:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def copy_repository(target: Path) -> Clone:
-    """The files that a run needs, without results."""
+def copy_repository(target: Path, configuration: str = "tiny") -> Clone:
+    """The files that a run needs, without results; its configuration is one of ``configs/``."""
     target.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         source = ROOT / name
@@ -130,7 +131,7 @@ def copy_repository(target: Path) -> Clone:
             shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, target / name)
-    shutil.copy2(ROOT / "configs/tiny.yaml", target / "run.yaml")
+    shutil.copy2(ROOT / f"configs/{configuration}.yaml", target / "run.yaml")
     return Clone(target)
 
 
@@ -163,4 +164,12 @@ def graphed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A copy with transcoders, attribution graphs and a crosscoder. Tests leave it as they found it."""
     clone = copy_repository(tmp_path_factory.mktemp("graphed"))
     clone.snakemake("--", *GRAPHS)
+    return clone
+
+
+@pytest.fixture(scope="session")
+def diffed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy in which a model and its fine-tuned second have been compared. Tests leave it as they found it."""
+    clone = copy_repository(tmp_path_factory.mktemp("diffed"), "tiny-diffing")
+    clone.snakemake("--", "diff")
     return clone

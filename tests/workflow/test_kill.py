@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,24 +20,57 @@ from tests.workflow.test_invalidation import digests
 KILLS = int(os.environ.get("CIRCUITFLOW_KILLS", "5"))
 """Per stage; `make kills` takes more."""
 CHECKPOINT_SECONDS = "0.2"
-LONGER = {
-    "- {kind: task, tokens: 4000}": "- {kind: bundled, tokens: 60000}",
-    "epochs: 4.0": "epochs: 8.0",
-    "sites: [resid.0, resid.1, resid.2]": "sites: [resid.1]",
-    "shard_rows: 1024": "shard_rows: 256",
-    "batch_blocks: 8}": "batch_blocks: 1}",
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A configuration whose stages last a few seconds each, and what of it is killed."""
+
+    configuration: str
+    edits: Mapping[str, str]
+    targets: Mapping[str, str]
+    """File that is asked for, by the rule that is killed on the way to it; the last one needs all before."""
+
+    def clone(self, root: Path) -> Clone:
+        clone = copy_repository(root, self.configuration)
+        text = clone.config.read_text(encoding="utf-8")
+        for old, new in self.edits.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        clone.config.write_text(text, encoding="utf-8")
+        return clone
+
+    @property
+    def results(self) -> str:
+        return f"results/{self.configuration}"
+
+
+SCENARIOS = {
+    "a harvest and a dictionary": Scenario(
+        configuration="tiny",
+        edits={
+            "- {kind: task, tokens: 4000}": "- {kind: bundled, tokens: 60000}",
+            "epochs: 4.0": "epochs: 8.0",
+            "sites: [resid.0, resid.1, resid.2]": "sites: [resid.1]",
+            "shard_rows: 1024": "shard_rows: 256",
+            "batch_blocks: 8}": "batch_blocks: 1}",
+        },
+        targets={
+            "cache_activations": "results/tiny/activations/manifest.json",
+            "train_dictionary": "results/tiny/dictionaries/topk-8/resid.1.json",
+        },
+    ),
+    "a fine-tuning and a crosscoder": Scenario(
+        configuration="tiny-diffing",
+        edits={"steps: 200": "steps: 400", "epochs: 12.0": "epochs: 24.0"},
+        targets={
+            "fine_tune_model": "results/tiny-diffing/diffing/echoes/model/manifest.json",
+            "train_diffing_crosscoder": "results/tiny-diffing/dictionaries/echoes/crosscoder.json",
+        },
+    ),
 }
-"""Edits that make the two stages last a few seconds each."""
-
-
-def longer_clone(root: Path) -> Clone:
-    clone = copy_repository(root)
-    text = clone.config.read_text(encoding="utf-8")
-    for old, new in LONGER.items():
-        assert old in text
-        text = text.replace(old, new)
-    clone.config.write_text(text, encoding="utf-8")
-    return clone
+RESUMED = re.compile(r"going on after an interruption: (\d+) of|resumed after step (\d+) of")
+"""How the logs name the block or step from which a killed job went on."""
 
 
 def start(clone: Clone, *arguments: str) -> subprocess.Popen[bytes]:
@@ -78,27 +113,15 @@ def kill_during(clone: Clone, rule: str, target: str, wait: float) -> bool:
     return True
 
 
-TARGETS = {
-    "cache_activations": "results/tiny/activations/manifest.json",
-    "train_dictionary": "results/tiny/dictionaries/topk-8/resid.1.json",
-}
-
-
-RESUMED = {
-    "cache_activations": r"going on after an interruption: (\d+) of",
-    "train_dictionary": r"resumed after step (\d+) of",
-}
-"""How the logs name the block or step from which a killed job went on."""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_runs_give_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    reference, killed = longer_clone(tmp_path / "reference"), longer_clone(tmp_path / "killed")
-    reference.snakemake(TARGETS["train_dictionary"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_runs_give_the_bytes_of_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    scenario = SCENARIOS[name]
+    reference, killed = scenario.clone(tmp_path / "reference"), scenario.clone(tmp_path / "killed")
+    reference.snakemake("--", *scenario.targets.values())
     rng = random.Random(0)
-    resumed: dict[str, list[int]] = {}
-    for rule, target in TARGETS.items():
+    for rule, target in scenario.targets.items():
         kills = 0
         for _ in range(3 * KILLS):
             kills += kill_during(killed, rule, target, rng.uniform(0.1, 0.8))
@@ -109,17 +132,17 @@ def test_killed_runs_give_the_bytes_of_an_uninterrupted_one(tmp_path: Path) -> N
         finish = start(killed, target)
         assert finish.wait() == 0, (killed.root / "screen.txt").read_text()
         log = "".join(path.read_text() for path in (killed.root / "logs").rglob(f"{rule}*.log"))
-        resumed[rule] = [int(number) for number in re.findall(RESUMED[rule], log)]
-    assert max(resumed["cache_activations"]) > 0
-    assert max(resumed["train_dictionary"]) > 0
-    assert resumed["train_dictionary"] == sorted(resumed["train_dictionary"]), "a finished step was lost"
-    assert digests(killed.root / "results/tiny") == digests(reference.root / "results/tiny")
-    assert object_files(killed) == object_files(reference)
+        resumed = [int(block or step) for block, step in RESUMED.findall(log)]
+        assert max(resumed) > 0, f"{rule} began again each time"
+        assert resumed == sorted(resumed), f"{rule} lost a finished step"
+    results = scenario.results
+    assert digests(killed.root / results) == digests(reference.root / results)
+    assert object_files(killed, results) == object_files(reference, results)
 
 
-def object_files(clone: Clone) -> dict[str, bytes]:
+def object_files(clone: Clone, results: str) -> dict[str, bytes]:
     """Shards, weights and logs inside the objects themselves."""
-    root = clone.root / "results/tiny/objects"
+    root = clone.root / results / "objects"
     names = ("weights.safetensors", "log.jsonl", "shards.json")
     return {
         str(path.relative_to(root)): path.read_bytes()
