@@ -78,6 +78,7 @@ rule plot_agreement:
     input:
         nodes=f"{SET}/ranking/nodes.parquet",
         agreement=f"{SET}/ranking/agreement.parquet",
+        layers=f"{SET}/ranking/layers.parquet",
     output:
         png=report(
             f"{SET}/figures/agreement.png",

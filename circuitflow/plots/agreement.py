@@ -12,40 +12,47 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from circuitflow.jobs import Output
 from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, site_shades, style_of
-from circuitflow.plots.tables import Table, rows, unit_of
+from circuitflow.plots.tables import Table, pair_counts, rows, unit_of
 from circuitflow.store.tables import read_table
 
-DODGE = 1.04  # factor between the places of neighbouring sites, so that equal overlaps do not hide each other
+APART = 0.5
+"""Room that the marks of one site take, of the room between two."""
+FEW = 5
+"""Sites up to which their names stand level."""
 NOTE = (
-    "Left: one mark per node, symmetric log scale; on the line the splits agree. Right: share of the top "
-    "k nodes by |IE| on train that are also among the top k on test, with 95 % bootstrap intervals over "
-    "test pairs. Spearman: {spearman}. Nodes (n): {ranked}."
+    "Left: one mark per node, symmetric log scale; on the line the splits agree. Right, above: share of the top k "
+    "nodes by |IE| on train that are also among the top k on test; below: correlation of |IE| over all nodes of a "
+    "site, whose number stands behind its name. Bars: 95 % bootstrap intervals over test pairs. n = {n}."
 )
 
 
 def plot_agreement(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
-    """STAGE. Scores on test against scores on train, and the overlap of the top k.
+    """STAGE. Scores on test against scores on train, and by site the overlap of the top k and Spearman's correlation.
 
-    Inputs ``nodes`` and ``agreement`` (tables of rank_features); params ``style``, optionally
+    Inputs ``nodes``, ``agreement`` and ``layers`` (tables of rank_features); params ``style``, optionally
     ``metric``; outputs ``png``, ``svg``.
     """
     style = style_of(params)
     with drawing(style):
         metric = params.get("metric")
         unit = unit_of(metric) if metric else "units of m"
-        save(draw(read_table(inputs["nodes"]), read_table(inputs["agreement"]), style, unit), out, style)
+        nodes, agreement, layers = (read_table(inputs[name]) for name in ("nodes", "agreement", "layers"))
+        save(draw(nodes, agreement, layers, style, unit), out, style)
 
 
-def draw(nodes: Table, agreement: Table, style: Style, unit: str = "units of m") -> Figure:
-    """The figure, from the tables of nodes and of agreement."""
+def draw(nodes: Table, agreement: Table, layers: Table, style: Style, unit: str = "units of m") -> Figure:
+    """The figure, from the tables of nodes, of agreement and of layers (which has the numbers of pairs)."""
     sites = in_depth_order(agreement["site"])
-    figure = new_figure(7.4, 3.7)
-    left, right = figure.subplots(1, 2)
-    _scatter(left, nodes, style, unit)
-    _overlap(right, agreement, sites, style)
-    counts = {site: int(rows(agreement, site=site)["nodes"][0]) for site in sites}
-    ranked = ", ".join(f"{site} {count}" for site, count in counts.items())
-    footnote(figure, NOTE.format(spearman=_spearman(agreement, sites), ranked=ranked), style)
+    wide = max(3.7, 0.6 + 0.3 * len(sites))
+    figure = new_figure(4.2 + wide, 4.7)
+    places = figure.add_gridspec(2, 2, width_ratios=[4.2, wide], height_ratios=[1.3, 1])
+    _scatter(figure.add_subplot(places[:, 0]), nodes, style, unit)
+    above = figure.add_subplot(places[0, 1])
+    below = figure.add_subplot(places[1, 1], sharex=above)
+    _overlap(above, agreement, sites)
+    _correlation(below, agreement, sites, style)
+    above.tick_params(labelbottom=False)
+    footnote(figure, NOTE.format(n=pair_counts(layers)), style)
     return figure
 
 
@@ -88,32 +95,57 @@ def _scatter(axes: Axes, nodes: Table, style: Style, unit: str) -> None:
     grid(axes, "both")
 
 
-def _overlap(axes: Axes, agreement: Table, sites: Sequence[str], style: Style) -> None:
-    for number, (shade, site) in enumerate(zip(site_shades(len(sites)), sites, strict=True)):
-        part = rows(agreement, site=site)
-        order = np.argsort(part["k"])
-        k, overlap, low, high = (part[name][order] for name in ("k", "overlap", "low", "high"))
-        beside = DODGE ** (number - (len(sites) - 1) / 2)
-        spread = np.maximum([overlap - low, high - overlap], 0)
-        look: dict[str, Any] = {
-            "color": shade,
-            "markersize": 4,
-            "linewidth": 1.2,
-            "elinewidth": 1,
-            "capsize": 2,
-        }
-        axes.errorbar(k * beside, overlap, yerr=spread, fmt="o-", label=site, **look)
-    axes.set_xscale("log")
-    ticks = sorted({int(k) for k in agreement["k"]})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(ylim=(0, 1.03), title="Overlap of the top k", xlabel="k", ylabel="share in common")
-    axes.legend(title="site", loc="lower right")
+def _overlap(axes: Axes, agreement: Table, sites: Sequence[str]) -> None:
+    """One series per k; where k is all nodes of a site there is nothing to tell."""
+    telling = {name: column[agreement["k"] < agreement["nodes"]] for name, column in agreement.items()}
+    series = sorted({int(k) for k in telling["k"]})
+    for number, (shade, k) in enumerate(zip(site_shades(len(series)), series, strict=True)):
+        part = rows(telling, k=k)
+        beside = APART * ((number + 0.5) / len(series) - 0.5)
+        _marks(axes, part, sites, "overlap", ("low", "high"), beside, color=shade, label=f"k = {k:,}")
+    axes.set(ylim=(0, 1.03), title="Agreement of the splits by site", ylabel="overlap of the top k")
+    if series:
+        axes.legend(loc="best", ncols=len(series), handletextpad=0.1)
     grid(axes)
 
 
-def _spearman(agreement: Table, sites: Sequence[str]) -> str:
-    return ", ".join(f"{site} {rows(agreement, site=site)['spearman'][0]:.2f}" for site in sites)
+def _correlation(axes: Axes, agreement: Table, sites: Sequence[str], style: Style) -> None:
+    first = {name: [rows(agreement, site=site)[name][0] for site in sites] for name in agreement}
+    table = {name: np.array(values) for name, values in first.items()}
+    ends = ("spearman_low", "spearman_high")
+    _marks(axes, table, sites, "spearman", ends, 0, color=style.palette.feature)
+    axes.axhline(0, color=style.palette.muted, linewidth=0.8)
+    low = float(np.nanmin([*table["spearman"], *table["spearman_low"], 0]))
+    axes.set(ylim=(min(1.1 * low, -0.03), 1.03), ylabel="Spearman")
+    labels = [f"{site} ({int(n):,})" for site, n in zip(sites, table["nodes"], strict=True)]
+    turned = 90 if len(sites) > FEW else 0
+    axes.set_xticks(range(len(sites)), labels if turned else [name.replace(" ", "\n") for name in labels])
+    axes.tick_params(axis="x", rotation=turned)
+    axes.set_xlim(-0.6, len(sites) - 0.4)
+    grid(axes)
+
+
+def _marks(
+    axes: Axes,
+    table: Table,
+    sites: Sequence[str],
+    name: str,
+    ends: tuple[str, str],
+    beside: float,
+    **look: Any,
+) -> None:
+    place = np.array([sites.index(site) for site in table["site"]])
+    value, low, high = (table[column] for column in (name, *ends))
+    axes.errorbar(
+        place + beside,
+        value,
+        yerr=np.maximum([value - low, high - value], 0),
+        fmt="o",
+        markersize=4,
+        elinewidth=1,
+        capsize=2,
+        **look,
+    )
 
 
 def _tick(value: float, linear: float) -> str:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from circuitflow.jobs import Output
 from circuitflow.models.sites import in_depth_order
 from circuitflow.plots.style import Style, drawing, footnote, grid, new_figure, save, style_of
-from circuitflow.plots.tables import Table, rows, unit_of
+from circuitflow.plots.tables import Table, pair_counts, rows, unit_of
 from circuitflow.store.tables import read_table
 
 MARKERS = {"features": "o", "error": "^"}
@@ -59,7 +59,7 @@ def draw(layers: Table, style: Style, unit: str = "logits") -> Figure:
         axes.axhline(0, color=style.palette.muted, linewidth=0.8)
     figure.legend(handles=_legend(style), loc="outside upper right", ncols=4, handletextpad=0.3)
     first, second = ("Left", "Right") if beside else ("Above", "Below")
-    footnote(figure, NOTE.format(first=first, second=second, n=_counts(layers)), style)
+    footnote(figure, NOTE.format(first=first, second=second, n=pair_counts(layers)), style)
     return figure
 
 
@@ -101,8 +101,3 @@ def _legend(style: Style) -> list[Line2D]:
         )
         for kind, split in SHIFT
     ]
-
-
-def _counts(table: Table) -> str:
-    splits = sorted(set(table["split"]), reverse=True)
-    return ", ".join(f"{int(rows(table, split=split)['n'].max())} {split} pairs" for split in splits)

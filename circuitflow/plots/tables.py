@@ -36,6 +36,12 @@ def unit_of(metric: Mapping[str, Any] | None) -> str:
     return UNITS.get(str((metric or {}).get("kind", "logit_difference")), "units of m")
 
 
+def pair_counts(layers: Table) -> str:
+    """How many pairs of each split the table of layers is about, for a footnote."""
+    splits = sorted(set(layers["split"]), reverse=True)
+    return ", ".join(f"{int(rows(layers, split=split)['n'].max()):,} {split} pairs" for split in splits)
+
+
 def top_nodes(nodes: Table, count: int, kind: str | None = None) -> dict[str, np.ndarray]:
     """The ``count`` rows with the largest |score_train| over all sites, the largest first."""
     chosen = rows(nodes, kind=kind) if kind else dict(nodes)

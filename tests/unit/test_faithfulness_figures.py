@@ -112,12 +112,15 @@ def test_the_footnote_says_where_ablation_starts():
 def test_agreement_tells_unit_and_number_of_nodes():
     nodes = {name: np.array([1.0, -2.0]) for name in ("score_train", "score_test")}
     nodes["kind"] = np.array(["feature", "error"], object)
-    names = ("k", "overlap", "low", "high", "spearman", "nodes")
-    found = {name: np.array([value]) for name, value in zip(names, (2, 0.5, 0.4, 0.6, 0.9, 37), strict=True)}
+    names = ("k", "overlap", "low", "high", "spearman", "spearman_low", "spearman_high", "nodes")
+    values = (2, 0.5, 0.4, 0.6, 0.9, 0.8, 0.95, 37)
+    found = {name: np.array([value]) for name, value in zip(names, values, strict=True)}
     found["site"] = np.array(["resid.3"], object)
-    figure = drawn(lambda: agreement.draw(nodes, found, STYLE, "nats"))
+    layers = {"split": np.array(["train", "test"], object), "n": np.array([1200, 80])}
+    figure = drawn(lambda: agreement.draw(nodes, found, layers, STYLE, "nats"))
     assert figure.axes[0].get_xlabel() == "IE on train (nats)"
-    assert "Nodes (n): resid.3 37" in figure.get_supxlabel().replace("\n", " ")
+    assert figure.axes[2].get_xticklabels()[0].get_text() == "resid.3\n(37)"
+    assert "n = 1,200 train pairs, 80 test pairs" in figure.get_supxlabel().replace("\n", " ")
 
 
 def test_what_the_metric_says_depends_on_its_kind():

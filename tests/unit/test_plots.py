@@ -226,16 +226,41 @@ def test_layer_importance_shows_sums_and_intervals(run):
 
 
 def test_agreement_shows_every_node_and_overlap(run):
-    nodes, table = read_table(run.nodes), read_table(run.agreement)
-    left, right = drawn(agreement.draw, nodes, table, STYLE).axes
+    nodes, table, layers = (read_table(path) for path in (run.nodes, run.agreement, run.layers))
+    left, above, below = drawn(agreement.draw, nodes, table, layers, STYLE).axes
     shown = np.concatenate([points.get_offsets() for points in left.collections])
     kind = np.argsort(nodes["kind"] == "error", kind="stable")
     assert np.allclose(shown, np.stack([nodes["score_train"], nodes["score_test"]], 1)[kind])
-    series = {container.get_label(): container.lines for container in right.containers}
-    part = rows(table, site="resid.12")
-    assert np.allclose(series["resid.12"][0].get_ydata(), part["overlap"])
-    ends = np.array([segment[:, 1] for segment in series["resid.12"][2][0].get_segments()])
-    assert np.allclose(ends, np.stack([part["low"], part["high"]], 1))
+    k = int(table["k"].min())
+    series = {container.get_label(): container.lines for container in above.containers}[f"k = {k}"]
+    part = rows(table, k=k)
+    assert np.allclose(series[0].get_ydata(), part["overlap"])
+    assert np.allclose(bar_ends(series), np.stack([part["low"], part["high"]], 1))
+    correlation = below.containers[0].lines
+    assert np.allclose(correlation[0].get_ydata(), part["spearman"])
+    assert np.allclose(bar_ends(correlation), np.stack([part["spearman_low"], part["spearman_high"]], 1))
+    sites = [label.get_text().split()[0] for label in below.get_xticklabels()]
+    assert sites == in_depth_order(table["site"])
+
+
+def test_agreement_of_many_sites_stays_readable(run):
+    """Names, note and marks of thirty sites have room of their own."""
+    nodes, layers = read_table(run.nodes), read_table(run.layers)
+    one = rows(read_table(run.agreement), site="resid.12")
+    size = len(one["k"])
+    table = {name: np.tile(column, 30) for name, column in one.items()}
+    table["site"] = np.repeat([f"resid.{layer}" for layer in range(30)], size)
+    figure = drawn(agreement.draw, nodes, table, layers, STYLE)
+    figure.canvas.draw()
+    names = [label.get_window_extent() for label in figure.axes[2].get_xticklabels()]
+    assert not any(left.overlaps(right) for left, right in pairwise(names))
+    legend = figure.axes[1].get_legend().get_window_extent()
+    assert figure.axes[1].get_window_extent().contains(legend.x0, legend.y0)
+    assert figure.axes[1].get_window_extent().contains(legend.x1, legend.y1)
+
+
+def bar_ends(lines):
+    return np.array([segment[:, 1] for segment in lines[2][0].get_segments()])
 
 
 def test_faithfulness_shows_each_series_by_node_count(run):
