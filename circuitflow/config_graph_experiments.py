@@ -1,24 +1,60 @@
 """The configuration's sections on what is done with attribution graphs: interventions, supernodes, heads, motifs."""
 
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from circuitflow.config_base import Name, Positive, Section, Seed, Share
+from circuitflow.errors import UserError, nearest
 
 Operation = Literal["set", "scale", "remove"]
 
-TAKEN = re.compile(r"\d+_\d+(_\d+)?|[TL]_\d+|E_\d+_\d+|errors_\d+|group-\d+")
+FEATURE = re.compile(r"\d+_\d+(_\d+)?")
+"""Ids of features."""
+GROUP = re.compile(r"group-\d+")
+"""Names of groups that are found."""
+TAKEN = re.compile(rf"{FEATURE.pattern}|[TL]_\d+|E_\d+_\d+|errors_\d+|{GROUP.pattern}")
 """Names of nodes, and of groups that are found."""
+
+
+def _quoted(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError(
+            'it should be text in quotes, such as "3_1021": without quotes YAML reads 3_1021 as the number 31021'
+        )
+    return value
+
+
+def _id(value: str) -> str:
+    if not FEATURE.fullmatch(value):
+        raise ValueError(
+            'it should be the id of a feature: layer_feature_position, such as "3_1021_5", or "3_1021" for every '
+            "position"
+        )
+    return value
+
+
+def _layer(value: object) -> object:
+    counted = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not counted and value not in (None, "touched", "all"):
+        raise ValueError("it should be a layer, counted from 0, or touched, all or null")
+    return value
+
+
+Quoted = Annotated[str, BeforeValidator(_quoted)]
+"""Text that YAML reads as a number where its quotes are missing."""
+FeatureId = Annotated[Quoted, AfterValidator(_id)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class ChangeSection(Section):
     """What becomes of some features in an intervention."""
 
-    nodes: list[str] = Field(min_length=1)
-    """Names of supernodes of this section, or ids of features: 3_1021_5 is feature 1021 of layer 3 at position 5, and
-    3_1021 the same wherever it is active in the prompt. Features that are no nodes of the graph may be named too."""
+    nodes: list[Quoted] = Field(min_length=1)
+    """Names of supernodes, or ids of features, in quotes: "3_1021_5" is feature 1021 of layer 3 at position 5, and
+    "3_1021" the same wherever it is active in the prompt. Features that are no nodes of the graph may be named too."""
     operation: Operation = "remove"
     """remove: their activations are 0 | scale: multiples of their own | set: absolute activations."""
     value: float | None = None
@@ -52,7 +88,7 @@ class ModeSection(Section):
     """frozen: patterns are those of the prompt as it is."""
     norms: Literal["frozen", "free"] = "frozen"
     """frozen: the scales of all norms are those of the prompt as it is."""
-    up_to: int | Literal["touched", "all"] | None = None
+    up_to: Annotated[Layer | Literal["touched", "all"] | None, BeforeValidator(_layer)] = None
     """The last layer whose MLPs keep to the prompt as it is, so that effects go on through later ones alone;
     touched: the deepest layer of a changed feature | all: no MLP responds | null: every MLP responds."""
 
@@ -96,10 +132,10 @@ class InterventionsSection(Section):
 class SupernodesSection(Section):
     """Features of a graph that are read as one (target `graph_experiments`)."""
 
-    by_hand: dict[str, list[str]] = {}
-    """Ids of features by the supernode's name: 3_1021_5, or 3_1021 for every position. What is no node of a graph is
-    left out there."""
-    prompts: dict[Name, dict[str, list[str]]] = {}
+    by_hand: dict[str, list[FeatureId]] = {}
+    """Ids of features, in quotes, by the supernode's name: "3_1021_5", or "3_1021" for every position. What is no node
+    of a graph is left out there."""
+    prompts: dict[Name, dict[str, list[FeatureId]]] = {}
     """The same for single graphs, by name of the prompt."""
     automatic: bool = True
     """Group the other features of the pruned graph."""
@@ -153,3 +189,32 @@ class MotifsSection(Section):
     """False discovery rate below which a chain counts as recurring."""
     seed: Seed = 0
     """Seed of the swaps."""
+
+
+def check_names(
+    prompts: Sequence[str], supernodes: SupernodesSection, interventions: InterventionsSection
+) -> None:
+    """Check that experiments name prompts and supernodes that there are.
+
+    :raises UserError: the first that is not.
+    """
+    for prompt in supernodes.prompts:
+        _check_prompt(prompt, prompts, "graphs.supernodes.prompts")
+    for number, one in enumerate(interventions.wanted):
+        key = f"graphs.interventions.wanted.{number}"
+        for prompt in one.prompts:
+            _check_prompt(prompt, prompts, f"{key}.prompts")
+        for prompt in one.prompts or prompts:
+            known = [*supernodes.by_hand, *supernodes.prompts.get(prompt, {})]
+            for name in (name for change in one.changes for name in change.nodes):
+                found = supernodes.automatic and GROUP.fullmatch(name)
+                if not (name in known or FEATURE.fullmatch(name) or found):
+                    raise UserError(
+                        f'Key {key}.changes names {name!r}, which is neither the id of a feature (such as "3_1021") '
+                        f"nor a supernode of prompt {prompt}; {nearest(name, known)}."
+                    )
+
+
+def _check_prompt(name: str, prompts: Sequence[str], key: str) -> None:
+    if name not in prompts:
+        raise UserError(f"Key {key} names {name}, which is not in graphs.prompts; {nearest(name, prompts)}.")

@@ -10,6 +10,7 @@ from circuitflow.config_graph_experiments import (
     InterventionsSection,
     MotifsSection,
     SupernodesSection,
+    check_names,
 )
 from circuitflow.config_graph_export import GraphExportSection, GraphFeaturesSection, GraphFigureSection
 
@@ -24,7 +25,7 @@ class CombinationSection(Section):
     tokens: dict[str, float] = Field(min_length=1)
     """Coefficient of each token's logit, by the token's text: {" is": 1.0, " are": -1.0}."""
     weight: float = Field(default=1.0, gt=0)
-    """Its weight where influence begins, beside the other targets'."""
+    """Its weight where influence begins, beside the other targets', whose weights are their probabilities."""
 
 
 class PromptSection(Section):
@@ -94,4 +95,9 @@ class GraphsSection(Section):
         names = [prompt.name for prompt in self.prompts]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"name {repeated[0]} is given to two prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _experiments_name_what_there_is(self) -> "GraphsSection":
+        check_names([prompt.name for prompt in self.prompts], self.supernodes, self.interventions)
         return self

@@ -62,7 +62,6 @@ rule intervene_on_graph:
         gpu=GPU,
     params:
         **experiment_keys("interventions", "wanted"),
-        **PRUNED,
         wanted=wanted_interventions,
         dtype=CFG.model.dtype,
         compute=COMPUTE,

@@ -21,12 +21,13 @@ rule describe_graph_features:
         ENVIRONMENT
     threads: CFG.compute.threads
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        mem_mb=lambda wildcards, attempt: 16000 * attempt,  # the model and all transcoders
         runtime=120,
         gpu=GPU,
     params:
         **PRUNED,
         **(DESCRIBED.model_dump() if DESCRIBED else {}),
+        dtype=CFG.model.dtype,
         compute=COMPUTE,
         code=code("describe_graph_features"),
     message:
@@ -48,6 +49,8 @@ rule export_graph:
         f"{GRAPH_ROWS}/export_graph.tsv"
     conda:
         ENVIRONMENT
+    resources:
+        mem_mb=pruning_memory,
     params:
         **PRUNED,
         **(EXPORTED.model_dump(exclude={"supernodes"}) if EXPORTED else {}),

@@ -50,5 +50,10 @@ def graph_prompt(wildcards):
     return PROMPTS[wildcards.prompt].model_dump()
 
 
+def pruning_memory(wildcards, input, attempt):
+    """MB of a job that prunes a whole graph: sorted float64 copies of its weights, and which of them stay."""
+    return max(2000, int(12 * input.size_mb)) * attempt
+
+
 wildcard_constraints:
     prompt="|".join(re.escape(name) for name in PROMPTS) or "none",

@@ -8,9 +8,6 @@ rule build_attribution_graph:
         dictionaries=TRANSCODER_FILES,
     output:
         graph=f"{GRAPH}/graph.safetensors",
-        nodes=f"{GRAPH}/nodes.parquet",
-        edges=f"{GRAPH}/edges.parquet",
-        summary=f"{GRAPH}/summary.json",
     log:
         f"{GRAPH_LOGS}/build_attribution_graph.log",
     benchmark:
@@ -24,7 +21,6 @@ rule build_attribution_graph:
         gpu=GPU,
     params:
         **BUILT,
-        **PRUNED,
         prompt=graph_prompt,
         model=CFG.model.name,
         dictionaries=GRAPH_SET,
@@ -35,6 +31,30 @@ rule build_attribution_graph:
         "Build the attribution graph of {wildcards.prompt}"
     script:
         "../workflow_scripts/build_attribution_graph.py"
+
+
+rule prune_graph:
+    input:
+        graph=f"{GRAPH}/graph.safetensors",
+    output:
+        nodes=f"{GRAPH}/nodes.parquet",
+        edges=f"{GRAPH}/edges.parquet",
+        summary=f"{GRAPH}/summary.json",
+    log:
+        f"{GRAPH_LOGS}/prune_graph.log",
+    benchmark:
+        f"{GRAPH_ROWS}/prune_graph.tsv"
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=pruning_memory,
+    params:
+        **PRUNED,
+        code=code("prune_graph"),
+    message:
+        "Prune the attribution graph of {wildcards.prompt}"
+    script:
+        "../workflow_scripts/prune_graph.py"
 
 
 rule virtual_weights:

@@ -24,7 +24,7 @@ def agreement(effects: Mapping[str, Any], draws: int, seed: int) -> dict[str, li
     """Pearson's r and the slope of measured on predicted effects, by mode, kind of target and of intervention.
 
     :param effects: columns intervention, kind, mode, target, measured, predicted; rows without a finite value of both
-        do not count.
+        do not count. One name can be of two interventions of different kinds.
     """
     table = {
         name: np.asarray(effects[name])
@@ -39,16 +39,18 @@ def agreement(effects: Mapping[str, Any], draws: int, seed: int) -> dict[str, li
     for mode, target, kind in product(dict.fromkeys(table["mode"].tolist()), ("logit", "feature"), kinds):
         here = known & (table["mode"] == mode) & (table["target"] == target)
         here &= (table["kind"] == kind) | (kind == ALL)
-        names, group = np.unique(table["intervention"][here], return_inverse=True)
+        pairs = list(zip(table["kind"][here].tolist(), table["intervention"][here].tolist(), strict=True))
+        place = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
+        group = np.array([place[pair] for pair in pairs], dtype=np.int64)
         x, y = table["predicted"][here].astype(float), table["measured"][here].astype(float)
         row = {
             "mode": mode,
             "target": target,
             "kind": kind,
             "n": int(here.sum()),
-            "interventions": len(names),
+            "interventions": len(place),
         }
-        row |= _with_intervals(x, y, group, len(names), draws, seed)
+        row |= _with_intervals(x, y, group, len(place), draws, seed)
         for name, value in row.items():
             columns[name].append(value)
     return columns

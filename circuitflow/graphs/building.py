@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from circuitflow.data.prompts import start_token
+from circuitflow.data.prompts import PromptReader, start_token
 from circuitflow.dictionaries.family import Family
 from circuitflow.errors import UserError
+from circuitflow.features.tokens import token_text
+from circuitflow.graphs.directions import facts_of
 from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.order import BLOCK, Known
 from circuitflow.graphs.rows import Buffers, Rows, compute_rows, feature_targets
@@ -34,7 +36,10 @@ CONVENTIONS = {
     "error": "MLP output − reconstruction (b_dec and skip connection included)",
     "token": "input of the first block: position embeddings included",
     "logit": "logit − mean logit of the vocabulary, before any soft-cap; weighted by probability",
+    "directions": "combinations of such logits, by the logit's place: coefficient of each token; weighted as asked",
 }
+PLAIN = {"chat_template": False, "generation_prefix": "", "prepend_bos": False, "position": "last"}
+"""How prompts of graphs are read: as they stand."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ def build_graph(
     :param targets: what to explain; by default the most probable next tokens.
     :param facts: said in the graph besides what is known here (model, dictionaries, scan …).
     :param clock: keeps time by phase; its limit ends the search for further rows early, which the facts then say.
-    :raises UserError: the prompt has no token, a target is no token, or a dictionary is no transcoder of this model.
+    :raises UserError: the prompt has no token or words that the model does not know, a target is no token, or a
+        dictionary is no transcoder of this model.
     """
     clock = clock or Clock()
     text, ids = tokenized(lm.tokenizer, prompt, settings.prepend_bos)
@@ -115,7 +121,7 @@ def build_graph(
         table = _Table(sources, goal, settings, clock)
         table.fill()
     with clock.phase("assembly"):
-        tokens = tuple(lm.tokenizer.decode([token]) for token in ids.tolist())
+        tokens = tuple(token_text(lm.tokenizer, token) for token in ids.tolist())
         return table.graph(text, tokens, facts or {})
 
 
@@ -124,12 +130,18 @@ def tokenized(
 ) -> tuple[str, Int64[Tensor, " pos"]]:
     """Text and token ids of a prompt; a start token that the tokenizer adds by itself is not added again.
 
-    :raises UserError: a start token is wanted, and the tokenizer has none.
+    :raises UserError: a start token is wanted, and the tokenizer has none; or it does not know a word.
     """
     if not isinstance(prompt, str):
         ids = torch.as_tensor(prompt, dtype=torch.int64)
         return tokenizer.decode(ids.tolist()), ids
     found = list(tokenizer(prompt)["input_ids"])
+    unknown = PromptReader(tokenizer, PLAIN).unknown
+    if unknown is not None and unknown in found:
+        raise UserError(
+            f"Prompt {prompt!r} has words outside the model's vocabulary{_named(tokenizer, prompt, unknown)}; write it "
+            "with others."
+        )
     if prepend_bos:
         start = start_token(tokenizer)
         if start is None:
@@ -138,6 +150,16 @@ def tokenized(
             )
         found = found if found[:1] == [start] else [start, *found]
     return prompt, torch.tensor(found, dtype=torch.int64)
+
+
+def _named(tokenizer: Any, prompt: str, unknown: int) -> str:
+    """The words behind unknown tokens, where the tokenizer tells which part of a text a token is of."""
+    if not tokenizer.is_fast:
+        return ""
+    read = tokenizer(prompt, return_offsets_mapping=True)
+    places = zip(read["input_ids"], read["offset_mapping"], strict=True)
+    words = [prompt[start:end].strip() for token, (start, end) in places if token == unknown]
+    return f" ({', '.join(dict.fromkeys(words))})"
 
 
 class _Table:
@@ -202,6 +224,8 @@ class _Table:
     def _facts(self) -> dict[str, Any]:
         return {
             "n_layers": self.sources.frozen.n_layers,
+            "vocab_size": len(self.sources.frozen.logits),
+            "directions": facts_of(self.goal.combinations),
             "active_features": len(self.order),
             "expanded_features": len(self.chosen),
             "stopped_early": len(self.chosen) < self.cap,

@@ -13,7 +13,7 @@ from circuitflow.graphs.exporting import local_scan, sizes
 from circuitflow.graphs.formats.circuit_tracer import KEY, read_circuit_tracer, write_circuit_tracer
 from circuitflow.graphs.formats.feature_files import write_features
 from circuitflow.graphs.formats.viewer import Told, write_viewer
-from circuitflow.graphs.formats.viewer_reading import read_viewer, whole
+from circuitflow.graphs.formats.viewer_reading import read_viewer
 from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.influence import prune, scores
 from circuitflow.graphs.labels import labels, read_descriptions
@@ -57,7 +57,8 @@ def convert_graph(
         write_circuit_tracer(target, graph, model)
     elif viewed is not None:
         told = Told(viewed.slug, scan or viewed.scan, viewed.labels, viewed.supernodes, viewed.pinned)
-        write_viewer(target, graph, whole(graph), replace(told, facts=_kept_facts(viewed.facts)))
+        told = replace(told, pruning=graph.facts["pruned"], facts=_kept_facts(viewed.facts))
+        write_viewer(target, graph, viewed.kept, told)
     else:
         said = labels(read_descriptions(features)) if features is not None else {}
         facts = {"scores": scores(graph)._asdict(), "sizes": sizes(graph)}
@@ -86,7 +87,10 @@ def detected(path: Path) -> str:
         with safe_open(path, framework="np") as opened:
             return "circuit_tracer" if KEY in (opened.metadata() or {}) else "circuitflow"
     except SafetensorError as error:
-        raise UserError(f"Graph {path} cannot be read as safetensors ({error}); make it again.") from None
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith(b"{"):
+                return "viewer"
+        raise UserError(f"Graph {path} is neither safetensors ({error}) nor JSON; make it again.") from None
 
 
 def export_graphs(source: Path, target: Path, scan: str | None = None) -> str:

@@ -80,7 +80,7 @@ def run(wanted: Wanted, folder: Path | None) -> Outcome:
         family = random_family(lm, wanted.random) if wanted.random else load_family(transcoder_files(wanted))
     clock = Clock(wanted.seconds, dict(loading.phases))
     name = "random" if wanted.random else wanted.name
-    facts = {"model": wanted.results.name, "dictionaries": name, "vocab_size": int(lm.hf.config.vocab_size)}
+    facts = {"model": wanted.results.name, "dictionaries": name}
     graph = build_graph(lm, family, wanted.prompt, settings=wanted.settings, facts=facts, clock=clock)
     with clock.phase("pruning and scores"):
         kept, found = prune(graph, *wanted.shares), scores(graph)

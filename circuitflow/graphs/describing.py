@@ -15,7 +15,7 @@ from circuitflow.graphs.influence import prune
 from circuitflow.jobs import Output, progress
 from circuitflow.models.loading import load_model
 from circuitflow.models.running import LanguageModel
-from circuitflow.models.sites import parse_site
+from circuitflow.models.sites import layer_of
 from circuitflow.store.files import write_json
 
 TOLD = ("fires_on", "contexts", "histogram", "logits")
@@ -28,15 +28,16 @@ def describe_graph_features(inputs: Mapping[str, Any], params: Mapping[str, Any]
     Inputs ``model``, ``dictionaries`` (list of manifests), ``activations`` (store with the sites that they read),
     ``corpus``, ``graphs`` (list); params ``node_share`` and ``edge_share`` (of pruning), ``features`` (at most so many
     over all graphs), ``contexts`` (per feature), ``window`` (tokens on each side of the peak), ``logits`` (tokens
-    listed per side), ``compute``. Output ``features``: {sites: [{site, dictionary, features}], conventions, tokens}.
+    listed per side), ``dtype`` (of the model), ``compute``. Output ``features``: {sites: [{site, dictionary,
+    features}], conventions, tokens}.
 
     The logit weights of a feature that writes several layers are those of all that it writes together.
     """
     chosen = chosen_features(list(map(Path, inputs["graphs"])), params)
     family = load_family(list(map(Path, inputs["dictionaries"])))
     device = params["compute"]["device"]
-    lm = load_model(inputs["model"], device=device)
-    members = {parse_site(member.reads[0]).layer: member for member in family.members}
+    lm = load_model(Path(inputs["model"]), params["dtype"], device)
+    members = {layer_of(member.reads[0]): member for member in family.members}
     sites, tokens = [], 0
     for number, (layer, features) in enumerate(sorted(chosen.items())):
         member = members[layer].to(device)

@@ -10,8 +10,10 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from circuitflow.dictionaries.family import Family
-from circuitflow.graphs.graph import NO_TOKEN, Graph
+from circuitflow.graphs.directions import combined_row, parts_of
+from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.sources import Sources
+from circuitflow.models.sites import layer_of
 from circuitflow.progress import progress
 from circuitflow.store.arrays import Store
 
@@ -35,7 +37,7 @@ class Virtual:
     tokens: Float[np.ndarray, "m pos"]
     """From embeddings."""
     logits: Float[np.ndarray, "logits m"]
-    """To logits less their mean."""
+    """To logits less their mean, and combinations of such."""
 
 
 def virtual_weights(
@@ -49,7 +51,7 @@ def virtual_weights(
         member = family.members[number]
         assert member.W_enc is not None
         reads.append(frozen.layers[layer].mlp_norm.fold(member.W_enc[feature][None].to(frozen.dtype))[0])
-        sites = {int(site.partition(".")[2]): site for site in member.writes}
+        sites = {layer_of(site): site for site in member.writes}
         writes.append(
             {at: family.decoder(number, site)[feature].to(frozen.dtype) for at, site in sites.items()}
         )
@@ -59,8 +61,8 @@ def virtual_weights(
     between = torch.stack(
         [written[layer] @ row for layer, row in zip(first, encoders, strict=True)]
     )  # written[layer]: what reaches the stream before the MLP of that layer reads
-    tokens = graph.logits[graph.logits != NO_TOKEN]
-    rows = frozen.final_norm.fold(frozen.logit_rows(torch.from_numpy(tokens).to(encoders.device)))
+    outputs = [combined_row(frozen, parts) for parts in parts_of(graph) if parts]
+    rows = frozen.final_norm.fold(torch.stack(outputs) if outputs else encoders[:0])
     scale = activations.astype(np.float64)
     return Virtual(
         layers=keys[:, 0],
@@ -144,7 +146,7 @@ def activity(
     values = np.zeros((len(chosen) * length, len(keys)), dtype=np.float32)
     positions = torch.arange(length)
     for number, member in enumerate(family.members):
-        layer = int(member.reads[0].partition(".")[2])
+        layer = layer_of(member.reads[0])
         columns = np.flatnonzero(keys[:, 0] == layer)
         if not len(columns):
             continue

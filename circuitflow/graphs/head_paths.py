@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from circuitflow.graphs.directions import Parts, combined_row
 from circuitflow.graphs.sources import Sources
 from circuitflow.models.frozen import FrozenLayer, FrozenPrompt
 
@@ -175,7 +176,7 @@ def feature_read(frozen: FrozenPrompt, layer: int, position: int, row: Tensor) -
     return Read(layer, position, frozen.mlp_input(layer, position, row[None])[0])
 
 
-def logit_read(frozen: FrozenPrompt, token: int) -> Read:
-    """A logit less the vocabulary's mean as a target."""
-    row = frozen.logit_rows(torch.tensor([token], device=frozen.embed.device))
-    return Read(frozen.n_layers, frozen.n_pos - 1, frozen.final(row)[0])
+def logit_read(frozen: FrozenPrompt, parts: Parts) -> Read:
+    """A combination of logits, each less the vocabulary's mean, as a target."""
+    row = combined_row(frozen, parts)
+    return Read(frozen.n_layers, frozen.n_pos - 1, frozen.final(row[None])[0])

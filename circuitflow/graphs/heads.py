@@ -8,13 +8,16 @@ import numpy as np
 import torch
 
 from circuitflow.dictionaries.family import load_family
-from circuitflow.graphs.graph import NO_TOKEN, Graph
+from circuitflow.graphs.directions import parts_of
+from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.head_paths import Enter, Read, Split, feature_read, logit_read, split
 from circuitflow.graphs.influence import prune
 from circuitflow.graphs.sources import Sources
 from circuitflow.jobs import Output, progress
 from circuitflow.models.frozen import FrozenPrompt
 from circuitflow.models.loading import load_model
+from circuitflow.models.sites import layer_of
+from circuitflow.progress import logger
 from circuitflow.store.tables import write_table
 
 DIRECT = -1
@@ -43,7 +46,7 @@ def attribute_heads(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     Output ``heads``: source, target (ids of nodes), source_kind, target_kind, source_layer, target_layer,
     source_position, target_position, weight (of the edge), flow, layer, head, through, last (in units of the weight);
     one row per edge and head of the layers between, and one (layer and head −1) with the direct part as ``last``.
-    Edges into directions are left out.
+    Edges into directions that were given as rows, not as combinations of tokens, are left out.
     """
     device = params["compute"]["device"]
     lm = load_model(Path(inputs["model"]), params["dtype"], device)
@@ -63,9 +66,11 @@ def attribute_heads(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
 def strongest(graph: Graph, most: int, node_share: float, edge_share: float) -> tuple[np.ndarray, np.ndarray]:
     """Edges (n, 2: target, source) of the pruned graph with the most influence along them, and their share of it."""
     kept = prune(graph, node_share, edge_share)
-    tokens = kept.edges[:, 0] < graph.first_logit
-    tokens |= graph.logits[np.maximum(kept.edges[:, 0] - graph.first_logit, 0)] != NO_TOKEN
-    edges, shares = kept.edges[tokens], kept.shares[tokens]
+    rows_alone = [graph.first_logit + rank for rank, parts in enumerate(parts_of(graph)) if not parts]
+    known = ~np.isin(kept.edges[:, 0], rows_alone)
+    if not known.all():
+        logger.info("%d edges into directions are left out: their tokens are not known", (~known).sum())
+    edges, shares = kept.edges[known], kept.shares[known]
     order = np.argsort(-shares, kind="stable")[:most]
     return edges[order], shares[order] / max(float(kept.shares.sum()), 1e-30)
 
@@ -97,7 +102,7 @@ def _one(parts: Split, target: int, source: int) -> Split:
 def read_of(sources: Sources, graph: Graph, node: int) -> Read:
     """A feature or logit of the graph as a target."""
     if node >= graph.first_logit:
-        return logit_read(sources.frozen, int(graph.logits[node - graph.first_logit]))
+        return logit_read(sources.frozen, parts_of(graph)[node - graph.first_logit])
     layer, position, feature = map(int, graph.features[node])
     weights = sources.family.members[sources.layers.index(layer)].W_enc
     assert weights is not None
@@ -118,7 +123,7 @@ def enter_of(sources: Sources, graph: Graph, node: int) -> Enter:
     return Enter(
         position,
         {
-            int(site.partition(".")[2]): activation * sources.family.decoder(member, site)[feature]
+            layer_of(site): activation * sources.family.decoder(member, site)[feature]
             for site in sources.family.members[member].writes
         },
     )

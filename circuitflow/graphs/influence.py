@@ -48,15 +48,21 @@ def influence(weights: np.ndarray, targets: np.ndarray, p: np.ndarray) -> np.nda
     :param p: (n,) weight of each node where influence begins (probabilities of the logits).
     :raises ValueError: effects go round in a circle.
     """
-    return _paths(_normalised(weights), targets, np.asarray(p, dtype=np.float64))
+    return _paths(normalised(weights), targets, np.asarray(p, dtype=np.float64))
+
+
+def whole_influence(graph: Graph) -> np.ndarray:
+    """(n_nodes,) influence of each node in the whole graph."""
+    return influence(graph.weights, graph.targets, start(graph))
 
 
 def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Kept:
     """The fewest nodes with this share of all influence, then the fewest edges among them with that share of theirs.
 
-    Tokens and logits stay. Features and errors that then lead nowhere, and features that nothing reaches, go too.
+    Tokens and logits stay. Features and errors that then lead nowhere, and features that nothing reaches, go too;
+    features without a row, whose causes are not known, count as reached.
     """
-    p = _start(graph)
+    p = start(graph)
     total = influence(graph.weights, graph.targets, p)
     nodes = total >= cut(total, node_share)
     nodes[graph.first_token :] = True
@@ -64,7 +70,7 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Ke
     columns = np.flatnonzero(nodes)
     place = np.cumsum(nodes) - 1
     weights, targets = graph.weights[np.ix_(rows, columns)], graph.targets[rows]
-    share = _normalised(weights)
+    share = normalised(weights)
     within = _paths(share, place[targets], p[columns]) + p[columns]
     share *= within[place[targets], None]
     kept = (share >= cut(share.ravel(), edge_share)) & (share > 0)
@@ -85,8 +91,8 @@ def scores(graph: Graph) -> Scores:
     Targets whose every incoming effect is 0 have no errors among them; nodes without rows (tokens, errors) count as
     complete, as in circuit-tracer.
     """
-    p = _start(graph)
-    share = _normalised(graph.weights)
+    p = start(graph)
+    share = normalised(graph.weights)
     total = _paths(share, graph.targets, p)
     errors = slice(graph.first_error, graph.first_token)
     tokens = float(total[graph.first_token : graph.first_logit].sum())
@@ -107,13 +113,14 @@ def cut(values: np.ndarray, share: float) -> float:
     return float(falling[min(reached, len(falling) - 1)])
 
 
-def _start(graph: Graph) -> np.ndarray:
+def start(graph: Graph) -> np.ndarray:
+    """(n_nodes,) p: where influence begins, at the logits with their weights."""
     p = np.zeros(graph.n_nodes)
     p[graph.first_logit :] = graph.probabilities
     return p
 
 
-def _normalised(weights: np.ndarray) -> np.ndarray:
+def normalised(weights: np.ndarray) -> np.ndarray:
     """|weights| in float64, every row scaled to sum to 1."""
     size = np.abs(weights).astype(np.float64)
     size /= np.maximum(size.sum(axis=1, keepdims=True), SMALLEST)
@@ -133,11 +140,11 @@ def _paths(share: np.ndarray, targets: np.ndarray, p: np.ndarray) -> np.ndarray:
 def _drop_loose(
     graph: Graph, nodes: np.ndarray, kept: np.ndarray, targets: np.ndarray, columns: np.ndarray
 ) -> None:
-    """Take out, in place, features and errors without an outgoing edge and features without an incoming one."""
+    """Take out, in place, features and errors without an outgoing edge and targets without an incoming one."""
     while True:
         used = np.zeros(len(nodes), dtype=bool)
         used[columns] = kept.any(axis=0)
-        reached = np.zeros(len(nodes), dtype=bool)
+        reached = np.ones(len(nodes), dtype=bool)
         reached[targets] = kept.any(axis=1)
         loose = nodes & ~used
         loose[graph.first_token :] = False

@@ -18,7 +18,7 @@ from circuitflow.dictionaries.family import Family
 from circuitflow.errors import UserError
 from circuitflow.models.holding import Recorded, holding, recording
 from circuitflow.models.running import LanguageModel, run
-from circuitflow.models.sites import parse_site
+from circuitflow.models.sites import layer_of
 
 OPEN = -1
 """``up_to`` of an intervention to which every MLP responds."""
@@ -213,14 +213,3 @@ class _Pass:
             return value + self._added[site].to(value.dtype) if site in self._added else value
 
         return write
-
-
-def layer_of(site: str) -> int:
-    """The layer of an MLP's site.
-
-    :raises UserError: the site has no layer, so that it cannot be one that a transcoder reads.
-    """
-    layer = parse_site(site).layer
-    if layer is None:
-        raise UserError(f"Site '{site}' has no layer; transcoders read sites like mlp_in.3.")
-    return layer

@@ -12,8 +12,9 @@ from circuitflow.dictionaries.family import load_family
 from circuitflow.errors import UserError
 from circuitflow.features.tokens import token_text
 from circuitflow.graphs.agreement import agreement
-from circuitflow.graphs.graph import NO_TOKEN, Graph
-from circuitflow.graphs.influence import prune
+from circuitflow.graphs.directions import parts_of
+from circuitflow.graphs.graph import Graph
+from circuitflow.graphs.influence import whole_influence
 from circuitflow.graphs.intervening import OPEN, Held, Mode, Outcome, Prompt
 from circuitflow.graphs.naming import Named, expanded, nodes_named
 from circuitflow.graphs.prediction import predicted
@@ -27,8 +28,8 @@ CONVENTIONS = {
     "absolute activation (steering values of other tools are absolute too)",
     "held": "a held feature adds (value - its activation) x W_dec to the sites it writes, whatever comes in",
     "up_to": "MLPs of the layers 0 ... up_to give what they gave on the untouched prompt; -1: all respond",
-    "measured": "change in the real model: of a logit less the mean over the vocabulary, before any soft-cap; of a "
-    "feature's pre-activation as a share of its activation",
+    "measured": "change in the real model: of a logit less the mean over the vocabulary, before any soft-cap, or of a "
+    "combination of such; of a feature's pre-activation as a share of its activation",
     "predicted": "the same from the graph: along edges, and through features above up_to that respond in proportion; "
     "missing where a changed feature is no node of the graph",
 }
@@ -58,8 +59,8 @@ def intervene_on_graph(inputs: Mapping[str, Any], params: Mapping[str, Any], out
 
     Inputs ``model``, ``graph``, ``dictionaries`` (list) and ``supernodes`` (JSON of group_features); params ``wanted``
     (name, changes: nodes, operation, value), ``each`` (features of most influence, removed one at a time), ``groups``
-    (supernodes likewise), ``modes`` (name, attention, norms, up_to), ``targets``, ``tokens``, ``node_share`` and
-    ``edge_share`` (of pruning, for influence), ``bootstrap``, ``seed``, ``dtype``, ``compute``.
+    (supernodes likewise), ``modes`` (name, attention, norms, up_to), ``targets``, ``tokens``, ``bootstrap``, ``seed``,
+    ``dtype``, ``compute``.
 
     Outputs:
 
@@ -73,15 +74,17 @@ def intervene_on_graph(inputs: Mapping[str, Any], params: Mapping[str, Any], out
 
     :raises UserError: a name is neither a supernode nor a feature, or what is named does not exist.
     """
+    graph = Graph.load(Path(inputs["graph"]))
+    check_modes(params["modes"], int(graph.facts["n_layers"]))
     device = params["compute"]["device"]
     lm = load_model(Path(inputs["model"]), params["dtype"], device)
     wide = torch.promote_types(lm.dtype, torch.float32)
     family = load_family([Path(path) for path in inputs["dictionaries"]]).to(wide).to(device)
-    graph = Graph.load(Path(inputs["graph"]))
     supernodes = read_json(Path(inputs["supernodes"]))["supernodes"]
     prompt = Prompt(lm, family, graph.token_ids.tolist())
-    wanted = interventions(prompt, graph, supernodes, params)
-    shown, effects = measured(prompt, graph, wanted, params)
+    total = whole_influence(graph)
+    wanted = interventions(prompt, graph, supernodes, total, params)
+    shown, effects = measured(prompt, graph, wanted, total, params)
     facts = {**out.provenance, "conventions": CONVENTIONS, "prompt": graph.prompt}
     write_table(out.files["interventions"], shown, facts)
     write_table(out.files["effects"], effects, facts)
@@ -89,12 +92,29 @@ def intervene_on_graph(inputs: Mapping[str, Any], params: Mapping[str, Any], out
     write_table(out.files["agreement"], columns, facts)
 
 
+def check_modes(modes: Sequence[Mapping[str, Any]], n_layers: int) -> None:
+    """Check that modes name layers of the model.
+
+    :raises UserError: one is beyond it.
+    """
+    for number, mode in enumerate(modes):
+        if isinstance(mode["up_to"], int) and mode["up_to"] >= n_layers:
+            raise UserError(
+                f"Key graphs.interventions.modes.{number}.up_to is {mode['up_to']}, but the model has {n_layers} "
+                f"layers, counted from 0; write {n_layers - 1} or all, so that no MLP responds, or an earlier layer."
+            )
+
+
 def interventions(
-    prompt: Prompt, graph: Graph, supernodes: Mapping[str, Sequence[str]], params: Mapping[str, Any]
+    prompt: Prompt,
+    graph: Graph,
+    supernodes: Mapping[str, Sequence[str]],
+    influence: np.ndarray,
+    params: Mapping[str, Any],
 ) -> list[Wanted]:
     """Those by hand, then the supernodes and the single features of most influence, removed."""
     found = [by_hand(prompt, supernodes, one) for one in params["wanted"]]
-    total = prune(graph, params["node_share"], params["edge_share"]).influence[: graph.first_error]
+    total = influence[: graph.first_error]
     strength = {name: float(total[nodes_named(ids, graph)].sum()) for name, ids in supernodes.items()}
     for name in sorted(strength, key=lambda name: -strength[name])[: params["groups"]]:
         held = tuple(h for one in expanded([name], supernodes) for h in _held(prompt, one, "remove", None))
@@ -119,7 +139,7 @@ def by_hand(prompt: Prompt, supernodes: Mapping[str, Sequence[str]], said: Mappi
             if not here and change["operation"] == "set":
                 raise UserError(
                     f"Intervention '{said['name']}' sets feature {one}, which is active nowhere in this prompt; say at "
-                    f"which position, for example {one}_{len(prompt.positions) - 1}."
+                    f'which position, for example "{one}_{len(prompt.positions) - 1}".'
                 )
             held |= {(each.layer, each.position, each.feature): each for each in here}
     if not held:
@@ -163,13 +183,12 @@ def mode_of(said: Mapping[str, Any], held: Sequence[Held], n_layers: int) -> Mod
 
 
 def measured(
-    prompt: Prompt, graph: Graph, wanted: Sequence[Wanted], params: Mapping[str, Any]
+    prompt: Prompt, graph: Graph, wanted: Sequence[Wanted], influence: np.ndarray, params: Mapping[str, Any]
 ) -> tuple[Rows, Rows]:
     """The tables ``interventions`` and ``effects``."""
     shown: Rows = {name: [] for name in SHOWN}
     effects: Rows = {name: [] for name in EFFECTS}
-    total = prune(graph, params["node_share"], params["edge_share"]).influence
-    targets = _targets(graph, total, params["targets"])
+    targets = _targets(graph, influence, params["targets"])
     steps = [(one, said) for one in wanted for said in params["modes"]]
     for done, (one, said) in enumerate(steps):
         mode = mode_of(said, one.held, prompt.lm.n_layers)
@@ -195,11 +214,11 @@ EFFECTS = (
 
 
 def _targets(graph: Graph, total: np.ndarray, most: int) -> np.ndarray:
-    """Rows of the graph that are compared: all logits that are tokens, and the features of most influence."""
+    """Rows of the graph that are compared: all logits whose tokens are known, and the features of most influence."""
     of_features = np.flatnonzero(graph.targets < graph.first_error)
     order = np.argsort(-total[graph.targets[of_features]], kind="stable")[:most]
-    tokens = np.flatnonzero(graph.logits != NO_TOKEN) + graph.first_logit
-    return np.concatenate([np.sort(of_features[order]), np.flatnonzero(np.isin(graph.targets, tokens))])
+    logits = [graph.first_logit + rank for rank, parts in enumerate(parts_of(graph)) if parts]
+    return np.concatenate([np.sort(of_features[order]), np.flatnonzero(np.isin(graph.targets, logits))])
 
 
 def _tokens(prompt: Prompt, graph: Graph, after: Outcome, most: int) -> list[dict[str, Any]]:
@@ -207,7 +226,7 @@ def _tokens(prompt: Prompt, graph: Graph, after: Outcome, most: int) -> list[dic
     both = torch.stack([prompt.clean.logits, after.logits]).double()
     logs = (both if cap is None else cap * torch.tanh(both / cap)).log_softmax(-1)
     likely = logs.topk(most, dim=-1).indices.flatten().tolist()
-    listed = list(dict.fromkeys([*graph.logits[graph.logits != NO_TOKEN].tolist(), *likely]))
+    listed = list(dict.fromkeys([*(token for parts in parts_of(graph) for token in parts), *likely]))
     rank = (logs[:, None] > logs[:, listed, None]).sum(-1) + 1
     kl = float((logs[0].exp() * (logs[0] - logs[1])).sum())
     return [
@@ -235,9 +254,10 @@ def _effects(
     features = [_triple(graph, node) for node in nodes[nodes < graph.first_error]]
     before, now = (prompt.pre_activations(run, features) for run in (prompt.clean, after))
     moved = (now - before).double().cpu().numpy()
-    tokens = torch.from_numpy(graph.logits[nodes[nodes >= graph.first_logit] - graph.first_logit])
-    shift = (after.logits - prompt.clean.logits).double().cpu()
-    logits = (shift - shift.mean())[tokens].numpy()
+    shift = (after.logits - prompt.clean.logits).double()
+    centred = (shift - shift.mean()).tolist()
+    outputs = [parts_of(graph)[node - graph.first_logit] for node in nodes[nodes >= graph.first_logit]]
+    logits = np.array([sum(value * centred[token] for token, value in parts.items()) for parts in outputs])
     found = []
     layers, positions = graph.layers(), graph.positions()
     for row, node, change in zip(targets, nodes, np.concatenate([moved, logits]), strict=True):

@@ -33,8 +33,8 @@ def parse_feature(name: str) -> Named:
     match = PATTERN.fullmatch(name)
     if match is None:
         raise UserError(
-            f"'{name}' is no id of a feature; write layer_feature_position, for example 3_1021_5, or 3_1021 for every "
-            "position at which it is active."
+            f"'{name}' is no id of a feature; write layer_feature_position, for example "
+            '"3_1021_5", or "3_1021" for every position at which it is active.'
         )
     layer, feature, position = match.groups()
     return Named(int(layer), int(feature), None if position is None else int(position))
@@ -69,7 +69,7 @@ def expanded(names: Iterable[str], supernodes: Mapping[str, Iterable[str]]) -> l
         else:
             known = ", ".join(supernodes) or "none"
             raise UserError(
-                f"'{name}' is neither an id of a feature (write for example 3_1021_5) nor a supernode of this graph "
-                f"(there are: {known})."
+                f"'{name}' is neither an id of a feature (write for example "
+                f'"3_1021_5") nor a supernode of this graph (there are: {known}).'
             )
     return list(dict.fromkeys(found))

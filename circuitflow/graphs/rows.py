@@ -148,7 +148,7 @@ class _Walk:
     def _collect(self, layer: int) -> None:
         """What is written at this layer's MLP output."""
         sources, found = self.sources, self.found
-        columns, directions, bounds = sources.written(layer)
+        columns, directions, bounds = sources.written[layer]
         constant = sources.constants[layer]
         for q, targets, rows in self._slots():
             here = slice(bounds[q], bounds[q + 1])

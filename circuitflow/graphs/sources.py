@@ -13,7 +13,7 @@ from circuitflow.dictionaries.codes import Codes
 from circuitflow.dictionaries.family import Family
 from circuitflow.errors import UserError
 from circuitflow.models.frozen import FrozenPrompt
-from circuitflow.models.sites import parse_site
+from circuitflow.models.sites import layer_of, parse_site
 
 
 class Written(NamedTuple):
@@ -63,7 +63,7 @@ class Sources:
         codes = family.encode(x, positions) if layers else ()
         errors = torch.stack([frozen.sites[f"mlp.{layer}"] for layer in range(frozen.n_layers)])
         for site, written in (family.reconstruct(codes, x) if layers else {}).items():
-            errors[_layer(site)] -= written
+            errors[layer_of(site)] -= written
         return cls(
             frozen,
             family,
@@ -113,8 +113,12 @@ class Sources:
             found[which] = self._weights(member, "b_enc")[self.features[features[which], 2]]
         return found
 
-    def written(self, layer: int) -> Written:
-        """What features write at mlp.{layer}."""
+    @cached_property
+    def written(self) -> tuple[Written, ...]:
+        """What features write at the MLP output of each layer."""
+        return tuple(map(self._written_at, range(self.frozen.n_layers)))
+
+    def _written_at(self, layer: int) -> Written:
         site = f"mlp.{layer}"
         writers = [m for m, member in enumerate(self.family.members) if site in member.writes]
         ordered = self.members[self.order]
@@ -167,14 +171,8 @@ def _constants(
         if member.W_skip is not None and bias is not None:
             constant = constant + member.W_skip.to(constants.dtype) @ bias
         for site, part in zip(member.writes, constant.view(len(member.writes), -1), strict=True):
-            constants[_layer(site)] += part
+            constants[layer_of(site)] += part
     return constants
-
-
-def _layer(site: str) -> int:
-    layer = parse_site(site).layer
-    assert layer is not None
-    return layer
 
 
 def _layer_read(family: Family, number: int, n_layers: int) -> int:

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from circuitflow.errors import UserError, nearest
+from circuitflow.features.tokens import token_text
+from circuitflow.graphs.directions import Parts, combined_row
 from circuitflow.graphs.graph import NO_TOKEN
 from circuitflow.graphs.rows import Targets
 from circuitflow.models.frozen import FrozenPrompt
@@ -36,6 +38,8 @@ class Logits:
     rows: Float[Tensor, "n d_model"]
     """Rows of the unembedding with the vocabulary's mean row taken off; directions as they are."""
     biases: Float[Tensor, " n"]
+    combinations: tuple[Parts, ...]
+    """Of combinations of logits the tokens' coefficients; empty for tokens, and for directions that are given."""
 
     def targets(self, frozen: FrozenPrompt) -> Targets:
         """As targets of rows: read after the last block, at the last position."""
@@ -78,7 +82,7 @@ def token_id(tokenizer: Any, token: str | int, vocabulary: int) -> int:
         return token
     ids = tokenizer.encode(token, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        pieces = [tokenizer.decode([piece]) for piece in ids]
+        pieces = [token_text(tokenizer, piece) for piece in ids]
         spaced = f" {token}" if not token.startswith(" ") else token[1:]
         raise UserError(
             f"Target {token!r} is not one token of this model but {len(ids)} ({pieces}); a target is one token, such "
@@ -89,7 +93,7 @@ def token_id(tokenizer: Any, token: str | int, vocabulary: int) -> int:
 
 def _one(frozen: FrozenPrompt, tokenizer: Any, target: Target) -> Logits:
     if isinstance(target, Direction):
-        return _direction(frozen, target.name, target.row, frozen.embed.new_zeros(()), target.weight)
+        return _direction(frozen, target.name, target.row, frozen.embed.new_zeros(()), target.weight, {})
     if isinstance(target, Mapping):
         return _combination(frozen, tokenizer, target)
     found = token_id(tokenizer, target, len(frozen.logits))
@@ -101,29 +105,37 @@ def _combination(frozen: FrozenPrompt, tokenizer: Any, target: Mapping[str, Any]
         raise UserError(f"Target has key {unknown[0]}; {nearest(unknown[0], ('name', 'tokens', 'weight'))}.")
     if not target.get("tokens"):
         raise UserError(f"Target {dict(target)} names no tokens; write tokens: {{' are': 1.0, ' is': -1.0}}.")
-    parts = target["tokens"]
-    ids = [token_id(tokenizer, token, len(frozen.logits)) for token in parts]
-    tokens = torch.tensor(ids, device=frozen.tokens.device)
-    scale = frozen.embed.new_tensor(list(parts.values()))
-    name = target.get("name") or " ".join(f"{value:+g}·{token!r}" for token, value in parts.items())
-    row, bias = scale @ frozen.logit_rows(tokens), scale @ frozen.logit_biases(tokens)
-    return _direction(frozen, str(name), row, bias, float(target.get("weight", 1.0)))
+    parts: dict[int, float] = {}
+    for token, value in target["tokens"].items():
+        known = token_id(tokenizer, token, len(frozen.logits))
+        parts[known] = parts.get(known, 0.0) + float(value)
+    name = target.get("name") or " ".join(
+        f"{value:+g}·{token!r}" for token, value in target["tokens"].items()
+    )
+    biases = frozen.logit_biases(torch.tensor(list(parts), device=frozen.tokens.device))
+    bias = biases.new_tensor(list(parts.values())) @ biases
+    weight = float(target.get("weight", 1.0))
+    return _direction(frozen, str(name), combined_row(frozen, parts), bias, weight, parts)
 
 
-def _direction(frozen: FrozenPrompt, name: str, row: Tensor, bias: Tensor, weight: float) -> Logits:
+def _direction(
+    frozen: FrozenPrompt, name: str, row: Tensor, bias: Tensor, weight: float, parts: Parts
+) -> Logits:
     if row.shape != frozen.embed.shape[1:]:
         raise UserError(
             f"Direction {name} has shape {tuple(row.shape)}, but the unembedding reads vectors of width "
             f"{frozen.embed.shape[1]}."
         )
     none = torch.full((1,), NO_TOKEN, dtype=torch.int64, device=frozen.tokens.device)
-    return Logits(none, (name,), frozen.embed.new_tensor([weight]), row[None].to(frozen.dtype), bias[None])
+    weights, rows = frozen.embed.new_tensor([weight]), row[None].to(frozen.dtype)
+    return Logits(none, (name,), weights, rows, bias[None], (parts,))
 
 
 def _of_tokens(frozen: FrozenPrompt, tokenizer: Any, tokens: Int64[Tensor, " n"]) -> Logits:
     probabilities = torch.softmax(frozen.logits, 0)[tokens]
-    names = tuple(tokenizer.decode([token]) for token in tokens.tolist())
-    return Logits(tokens, names, probabilities, frozen.logit_rows(tokens), frozen.logit_biases(tokens))
+    names = tuple(token_text(tokenizer, token) for token in tokens.tolist())
+    rows, biases = frozen.logit_rows(tokens), frozen.logit_biases(tokens)
+    return Logits(tokens, names, probabilities, rows, biases, tuple({} for _ in names))
 
 
 def _joined(parts: Sequence[Logits]) -> Logits:
@@ -133,4 +145,5 @@ def _joined(parts: Sequence[Logits]) -> Logits:
         torch.cat([part.weights for part in parts]),
         torch.cat([part.rows for part in parts]),
         torch.cat([part.biases for part in parts]),
+        tuple(combination for part in parts for combination in part.combinations),
     )

@@ -20,12 +20,12 @@ from circuitflow.dictionaries.codes import Codes
 from circuitflow.dictionaries.family import Family, load_family
 from circuitflow.errors import UserError
 from circuitflow.graphs.graph import Graph
-from circuitflow.graphs.influence import influence
+from circuitflow.graphs.influence import whole_influence
 from circuitflow.jobs import Output
 from circuitflow.models.attention_weights import FrozenNorm, frozen_norm, norms
 from circuitflow.models.loading import load_model
 from circuitflow.models.running import LanguageModel
-from circuitflow.models.sites import parse_site
+from circuitflow.models.sites import layer_of
 from circuitflow.progress import progress
 from circuitflow.store.arrays import Store, open_store
 from circuitflow.store.tables import write_table
@@ -51,7 +51,7 @@ class Weights:
 
     def __init__(self, lm: LanguageModel, family: Family) -> None:
         self.family = family
-        self.layers = tuple(_layer(member.reads[0]) for member in family.members)
+        self.layers = tuple(layer_of(member.reads[0]) for member in family.members)
         ones = torch.ones(1, lm.d_model, device=lm.device)
         self.norms: dict[int, FrozenNorm] = {
             layer: frozen_norm(norms(lm, layer).before_mlp, ones, torch.float32) for layer in self.layers
@@ -149,9 +149,7 @@ def virtual_weights(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
 
 def most_influential(graph: Graph, count: int) -> list[tuple[int, int]]:
     """The features (layer, number) of most influence, summed over positions."""
-    p = np.zeros(graph.n_nodes)
-    p[graph.first_logit :] = graph.probabilities
-    found = influence(graph.weights, graph.targets, p)[: graph.first_error]
+    found = whole_influence(graph)[: graph.first_error]
     keys, place = np.unique(graph.features[:, [0, 2]], axis=0, return_inverse=True)
     total = np.bincount(place.reshape(-1), weights=found, minlength=len(keys))
     return [(int(layer), int(feature)) for layer, feature in keys[np.argsort(-total, kind="stable")[:count]]]
@@ -221,13 +219,7 @@ def _blocks(family: Family, store: Store, corpus: Store, count: int) -> Iterator
 
 
 def _before(writes: Sequence[str], layer: int) -> list[str]:
-    return [site for site in writes if _layer(site) < layer]
-
-
-def _layer(site: str) -> int:
-    layer = parse_site(site).layer
-    assert layer is not None
-    return layer
+    return [site for site in writes if layer_of(site) < layer]
 
 
 def _plain(value: Any) -> Any:

@@ -63,7 +63,7 @@ def frozen_norm(module: Any, x: Float[Tensor, "pos d_model"], dtype: torch.dtype
         bias = None if module.bias is None else module.bias.to(dtype)
         return FrozenNorm(scale, module.weight.to(dtype), bias, True)
     # Some RMS norms scale by 1 + weight: what they make of a vector of ones tells.
-    ones = torch.ones(x.shape[-1], dtype=module.weight.dtype, device=x.device)
+    ones = torch.ones(x.shape[-1], dtype=dtype, device=x.device)
     return FrozenNorm(scale, module(ones).to(dtype) * (1.0 + eps) ** 0.5, None, False)
 
 

@@ -55,6 +55,17 @@ def parse_site(text: str) -> Site:
     return Site(kind, int(layer))
 
 
+def layer_of(site: str) -> int:
+    """The layer of a site that has one.
+
+    :raises UserError: the text names no site, or one without a layer.
+    """
+    layer = parse_site(site).layer
+    if layer is None:
+        raise UserError(f"Site '{site}' has no layer; name one that has, like mlp_in.3.")
+    return layer
+
+
 def depth_order(site: Site) -> tuple[int, int]:
     """Key that sorts sites in the order in which a model computes them."""
     return (-1, 0) if site.layer is None else (site.layer, WITHIN_BLOCK.index(site.kind))

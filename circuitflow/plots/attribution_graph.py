@@ -13,6 +13,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
 from circuitflow.graphs.formats.viewer_reading import Viewed, read_viewer
+from circuitflow.graphs.graph import NO_TOKEN
 from circuitflow.jobs import Output
 from circuitflow.plots.circuit_marks import (
     BAND,
@@ -29,7 +30,7 @@ from circuitflow.plots.circuit_marks import (
 )
 from circuitflow.plots.graph_layout import BOTTOM, BOX, HEIGHT, LOGITS, TOKENS, Place, arrange
 from circuitflow.plots.graph_routes import rounded_curve, straight_routes
-from circuitflow.plots.numbers import counted, fixed, percent
+from circuitflow.plots.numbers import counted, fixed, number, percent
 from circuitflow.plots.style import SMALL, Style, drawable, drawing, fitting, save, shown, style_of, wrapped
 
 MOST_COLUMNS = 16
@@ -134,8 +135,8 @@ def _frame(axes: Axes, picture: Picture, style: Style) -> None:
         0.12, layout.height - 0.38, " · ".join(names), fontsize=style.font_size * SMALL, va="top",
         color=style.palette.muted,
     )  # fmt: skip
-    for number, (name, (low, high)) in enumerate(place.bands.items()):
-        if number % 2:
+    for row, (name, (low, high)) in enumerate(place.bands.items()):
+        if row % 2:
             axes.add_patch(Rectangle((0, low), layout.width, high - low, color=BAND, linewidth=0, zorder=0))
         axes.text(0.12, (low + high) / 2, name, fontweight="bold", va="center_baseline", zorder=4)
     top = place.bands[LOGITS][0] if LOGITS in place.bands else layout.height - 0.6
@@ -223,7 +224,8 @@ def _logit(axes: Axes, picture: Picture, node: int, style: Style) -> None:
     words: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": 4}
     token = fitting(shown([graph.logit_tokens[rank]])[0], BOX - 0.08, size)
     axes.text(left + BOX / 2, middle + 0.065, token, fontsize=size, fontweight="bold", **words)
-    told = percent(float(graph.probabilities[rank]), 1)
+    weight = float(graph.probabilities[rank])
+    told = f"weight {number(weight)}" if graph.logits[rank] == NO_TOKEN else percent(weight, 1)
     axes.text(left + BOX / 2, middle - 0.085, told, fontsize=size * SMALL, color=style.palette.muted, **words)
 
 
@@ -295,9 +297,11 @@ def note(picture: Picture) -> str:
     if scores:
         values = ", ".join(f"{name} {fixed(float(scores[name]))}" for name in ("replacement", "completeness"))
         said.append(f"Scores of the whole graph: {values}.")
+    directions = (graph.logits == NO_TOKEN).any()
+    weighted = "Combinations of logits have a weight in its place. " if directions else ""
     said.append(
         "Edges are direct effects with attention patterns and norm scales held; their width is their share of the "
         "influence on the outputs, and so is the tint of nodes. Percentages at the top: probability of the next token. "
-        "One prompt, so nothing is sampled."
+        f"{weighted}One prompt, so nothing is sampled."
     )
     return " ".join(said)

@@ -69,8 +69,8 @@ def draw(interventions: Table, effects: Table, agreement: Table, prompt: str, st
     spec = figure.add_gridspec(3, 1, height_ratios=(1.15 if panels else 0.05, 1, 1))
     above = spec[0].subgridspec(1, max(len(panels), 1))
     mode = str(interventions["mode"][-1]) if panels else ""
-    for place, name in enumerate(panels):
-        part = rows(interventions, intervention=name, mode=mode)
+    for place, (kind, name) in enumerate(panels):
+        part = rows(interventions, kind=kind, intervention=name, mode=mode)
         _probabilities(figure.add_subplot(above[place]), part, name, style, WIDTH / len(panels) - 0.9)
     if panels:
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -88,13 +88,13 @@ def draw(interventions: Table, effects: Table, agreement: Table, prompt: str, st
                 axes.set_ylabel(f"measured\n{TARGETS[target][1]}", fontsize=style.font_size * SMALL)
                 if not line and axes.get_legend_handles_labels()[1]:
                     axes.legend(loc="upper left", handletextpad=0.1, borderaxespad=0.2)
-    names = list(dict.fromkeys(map(str, interventions["intervention"])))
+    every = all_of(interventions)
     note = NOTE.format(
         prompt=f"“{drawable(prompt.strip())}”.",
         count=len(panels),
-        all=len(names),
+        all=len(every),
         responds=f"mode {mode}",
-        n=len(names),
+        n=len(every),
         modes=explained(interventions, modes),
         cut=f" {left_out} effects are not seen: without a prediction, or beyond the frame."
         if left_out
@@ -104,11 +104,16 @@ def draw(interventions: Table, effects: Table, agreement: Table, prompt: str, st
     return figure
 
 
-def chosen(interventions: Table, most: int) -> list[str]:
+def chosen(interventions: Table, most: int) -> list[tuple[str, str]]:
     """Interventions that are shown one by one: those by hand first, then supernodes, then features."""
-    kinds = dict(zip(map(str, interventions["intervention"]), map(str, interventions["kind"]), strict=True))
     order = list(KINDS)
-    return sorted(kinds, key=lambda name: order.index(kinds[name]))[:most]
+    return sorted(all_of(interventions), key=lambda one: order.index(one[0]))[:most]
+
+
+def all_of(interventions: Table) -> list[tuple[str, str]]:
+    """Kind and name of every intervention; one name can be of two kinds."""
+    pairs = zip(map(str, interventions["kind"]), map(str, interventions["intervention"]), strict=True)
+    return list(dict.fromkeys(pairs))
 
 
 def explained(interventions: Table, modes: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """Graphs through circuit-tracer's own classes: its pickles, its pruning, the files of its viewer."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from circuitflow.graphs.formats.circuit_tracer import read_circuit_tracer, write
 from circuitflow.graphs.formats.feature_files import write_features
 from circuitflow.graphs.formats.viewer import Told, write_viewer
 from circuitflow.graphs.formats.viewer_reading import read_viewer
-from circuitflow.graphs.graph import Graph
-from circuitflow.graphs.influence import prune
+from circuitflow.graphs.graph import NO_TOKEN, Graph
+from circuitflow.graphs.influence import Kept, prune
 from circuitflow.models.toy import word_tokenizer
 from tests.fixtures.peers import ROOT, run_peer
 from tests.fixtures.synthetic_graph import large
@@ -67,7 +69,9 @@ def test_our_file_is_theirs(folder: Path, graph: Graph) -> None:
     assert 20 < kept.nodes.sum() < graph.n_nodes - 20
     write_viewer(folder / "ours.json", graph, kept, Told("theirs", "toy", pruning={"node_threshold": 0.8}))
     features = write_features(folder / "features", {(1, 2): DESCRIPTION, (3, 4): {"logits": NOTHING}}, "toy")
-    run_peer("circuit-tracer", SIDE, "check", folder / "ours.json", *features)
+    direction = replace(graph, logits=np.array([31, 32, NO_TOKEN]))
+    write_viewer(folder / "direction.json", direction, kept, Told("direction", "toy"))
+    run_peer("circuit-tracer", SIDE, "check", folder / "ours.json", folder / "direction.json", *features)
     ours, theirs = (json.loads((folder / name).read_text()) for name in ("ours.json", "viewer/theirs.json"))
     names = {node["node_id"]: _theirs(node) for node in ours["nodes"]}
     assert len(set(names.values())) == len(names)
@@ -85,7 +89,8 @@ def test_our_file_is_theirs(folder: Path, graph: Graph) -> None:
 
 def test_their_file_is_read(folder: Path, graph: Graph) -> None:
     kept = prune(graph, 0.8, 0.98)
-    back = read_viewer(folder / "viewer" / "theirs.json").graph
+    viewed = read_viewer(folder / "viewer" / "theirs.json")
+    back = viewed.graph
     names, ids = graph.node_ids(), back.node_ids()
     row, column = np.nonzero(back.weights)
     found = {
@@ -94,6 +99,14 @@ def test_their_file_is_read(folder: Path, graph: Graph) -> None:
     }
     edges = zip(kept.edges.tolist(), kept.weights.tolist(), strict=True)
     assert found == {(names[down], names[up]): weight for (down, up), weight in edges}
+    # Their files have no shares: those within the file differ by the edges that pruning took.
+    shares = {(names[down], names[up]): share for (down, up), share in _shares(kept)}
+    for (down, up), share in _shares(viewed.kept):
+        assert share == pytest.approx(shares[ids[down], ids[up]], rel=0.25)
+
+
+def _shares(kept: Kept) -> Iterator[tuple[list[int], float]]:
+    return zip(kept.edges.tolist(), kept.shares.tolist(), strict=True)
 
 
 def _theirs(node: dict[str, Any]) -> str:

@@ -5,21 +5,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from circuitflow.dictionaries.dictionary import Dictionary, Skip
 from circuitflow.dictionaries.family import Family
 from circuitflow.errors import UserError
-from circuitflow.graphs.building import Clock, Settings, build_graph
+from circuitflow.graphs.building import Clock, Settings, build_graph, tokenized
+from circuitflow.graphs.directions import parts_of
 from circuitflow.graphs.graph import NO_TOKEN, Graph
 from circuitflow.graphs.influence import scores
 from circuitflow.graphs.mixing import _padded, mix
 from circuitflow.graphs.rows import Targets, compute_rows, feature_targets
 from circuitflow.graphs.sources import Sources
-from circuitflow.graphs.targets import Direction
+from circuitflow.graphs.targets import Direction, token_id
 from circuitflow.models.architectures import ARCHITECTURES
 from circuitflow.models.frozen import FrozenPrompt
 from circuitflow.models.holding import holding, recording
-from circuitflow.models.running import run
+from circuitflow.models.running import LanguageModel, run
 from tests.fixtures.graph_examples import autograd_graph, random_family
 
 TOKENS = [3, 17, 9, 40, 11, 25]
@@ -51,16 +54,26 @@ def test_incoming_effects_and_biases_sum_to_each_target(random_lm, case, kind):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("cross", [False, True], ids=["single", "cross_layer"])
-def test_effects_are_gradients_of_the_linearised_model(random_lm, case, cross):
-    """Row by row against automatic differentiation through the model under LINEAR, MLP outputs cut."""
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_effects_are_gradients_of_the_linearised_model(random_lm, case, kind):
+    """Of every node, row by row against automatic differentiation through the model under LINEAR, MLP outputs cut."""
     lm = random_lm(case[0], **dict(case[1]))
-    family = random_family(lm, cross=cross)
+    family = random_family(lm, **kind)
     ours = build_graph(lm, family, TOKENS, targets=[4, 11], settings=ALL)
     theirs = autograd_graph(lm, family, TOKENS, [4, 11])
-    n = len(ours.features)
-    assert np.array_equal(ours.features, theirs.features)
-    np.testing.assert_allclose(ours.weights[:, :n], theirs.weights[:, :n], atol=1e-11)
+    for name in ("features", "errors", "targets"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+    np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-9, atol=1e-11)
+    for kind_of_node in range(3):
+        assert np.abs(theirs.weights[:, theirs.kinds() == kind_of_node]).max() > 0.1
+
+
+def test_what_features_write_is_gathered_once(random_lm, monkeypatch):
+    calls, decoder = [], Family.decoder
+    monkeypatch.setattr(Family, "decoder", lambda *given: calls.append(given[1:]) or decoder(*given))
+    lm = random_lm("llama")
+    build_graph(lm, random_family(lm, cross=True), TOKENS, settings=ALL)
+    assert sorted(calls) == [(0, "mlp.0"), (0, "mlp.1"), (1, "mlp.1")]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
@@ -190,6 +203,41 @@ def test_targets_are_what_the_user_names(random_lm):
     assert np.isclose(named.values()[-1], float(frozen.final(row[None]) @ frozen.sites["resid.1"][-1]))
     few = build_graph(lm, family, TOKENS, settings=replace(ALL, probability=0.01))
     assert len(few.logits) == 1
+
+
+def test_a_graph_knows_the_vocabulary_and_what_directions_are_made_of(random_lm):
+    lm = random_lm("llama")
+    words = build_graph(lm, random_family(lm), TOKENS, targets=[4, 11], settings=ALL).logit_tokens
+    mixed = {"tokens": {words[0]: 1, words[1]: -0.5}}
+    row = Direction("sum", torch.ones(lm.d_model, dtype=torch.float64))
+    graph = build_graph(lm, random_family(lm), TOKENS, targets=[4, mixed, row], settings=ALL)
+    assert graph.facts["vocab_size"] == lm.hf.config.vocab_size
+    assert graph.facts["directions"] == {"1": {"4": 1.0, "11": -0.5}}
+    assert parts_of(graph) == [{4: 1.0}, {4: 1.0, 11: -0.5}, {}]
+
+
+def test_tokens_keep_the_space_before_them(random_lm):
+    """SentencePiece vocabularies write it in the token, and their tokenizers drop it where a text begins."""
+    entries = {"<unk>": 0, "▁The": 1, "▁key": 2, "are": 3, "▁are": 4, "s": 5}
+    core = Tokenizer(models.WordLevel(entries, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    lm = LanguageModel(
+        random_lm("llama").hf, PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    )
+    assert lm.tokenizer.decode([4]) == "are"
+    graph = build_graph(lm, random_family(lm), [1, 2, 5], targets=[3, 4])
+    assert graph.tokens == (" The", " key", "s")
+    assert graph.logit_tokens == ("are", " are")
+    with pytest.raises(UserError, match=r"\[' The', ' key'\]"):
+        token_id(lm.tokenizer, "The key", 6)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_told(random_lm):
+    lm = random_lm("llama")
+    with pytest.raises(UserError, match=r"'The zebra near the quagga' has words .*\(zebra, quagga\)"):
+        build_graph(lm, random_family(lm), "The zebra near the quagga")
+    assert tokenized(lm.tokenizer, "The teacher")[1].tolist() == lm.tokenizer("The teacher")["input_ids"]
 
 
 @pytest.mark.parametrize(

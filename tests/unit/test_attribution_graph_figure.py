@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 
 from circuitflow.graphs.formats.viewer import Told, write_viewer
 from circuitflow.graphs.formats.viewer_reading import read_viewer
+from circuitflow.graphs.graph import NO_TOKEN
 from circuitflow.graphs.influence import prune, scores
 from circuitflow.jobs import Output
 from circuitflow.plots.attribution_graph import Picture, draw, note, plot_attribution_graph
 from circuitflow.plots.graph_layout import BOX, HEIGHT, LOGITS, TOKENS, arrange
 from circuitflow.plots.graph_routes import rounded_curve, straight_routes
+from circuitflow.plots.numbers import THIN, counted
 from circuitflow.plots.style import Style, drawing
 from tests.fixtures.synthetic_graph import large, small
 
@@ -125,7 +128,26 @@ def test_limits_keep_the_most_influential(file: Path) -> None:
     assert len(picture.edges) == 15
     ends = set(kept.edges[picture.edges].ravel().tolist())
     assert all(node in picture.inner or node >= graph.first_token for node in ends)
-    assert "10 features" in note(picture) or "errors of" in note(picture)
+    features = sum(node < graph.first_error for node in picture.inner)
+    assert 0 < features < 10
+    told = note(picture)
+    assert f"{features} features of {len(graph.features)} kept of 500" in told
+    assert f"{counted(10 - features, 'error')} of {len(graph.errors)} kept" in told
+
+
+def test_combinations_of_logits_have_a_weight_and_no_probability(file: Path) -> None:
+    picture = picture_of(file)
+    assert "weight in its place" not in note(picture)
+    graph = replace(
+        picture.view.graph, logits=np.array([31, 32, NO_TOKEN]), probabilities=np.array([0.5, 0.2, 2.0])
+    )
+    changed = replace(picture, view=replace(picture.view, graph=graph))
+    with drawing(STYLE):
+        words = [text.get_text() for text in draw(changed, STYLE).axes[0].texts]
+    assert "weight 2.00" in words
+    assert f"50.0{THIN}%" in words
+    assert f"200.0{THIN}%" not in words
+    assert "Combinations of logits have a weight in its place." in note(changed)
 
 
 def test_what_is_drawn_can_be_found_in_the_svg(file: Path) -> None:

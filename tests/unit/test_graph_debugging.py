@@ -31,7 +31,7 @@ from circuitflow.graphs.formats.viewer_reading import read_viewer
 from circuitflow.graphs.graph import Graph
 from circuitflow.store.objects import Manifest
 
-PROMPT = "the keys to the cabinet"
+PROMPT = "The teacher near the farmers"
 CONFIG = {"model": {"name": "toy", "dtype": "float32"}, "compute": {"device": "cpu"}}
 
 

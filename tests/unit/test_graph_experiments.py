@@ -22,20 +22,22 @@ from circuitflow.graphs.building import build_graph
 from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.heads import attribute_heads
 from circuitflow.graphs.intervening import Held, Mode
-from circuitflow.graphs.interventions import intervene_on_graph, mode_of
+from circuitflow.graphs.interventions import check_modes, intervene_on_graph, mode_of
 from circuitflow.graphs.motifs import find_motifs
 from circuitflow.graphs.supernodes import group_features
 from circuitflow.jobs import Output
 from circuitflow.plots.graph_heads import plot_graph_heads
-from circuitflow.plots.graph_interventions import plot_graph_interventions
+from circuitflow.plots.graph_interventions import chosen, draw, plot_graph_interventions
 from circuitflow.plots.graph_motifs import plot_graph_motifs
 from circuitflow.plots.graph_supernodes import plot_graph_supernodes
+from circuitflow.plots.style import Style, drawing
 from circuitflow.store.tables import read_provenance, read_table
 from tests.fixtures.activation_store import write_store
 from tests.fixtures.graph_examples import random_family
 
 COMPUTE = {"threads": 1, "device": "cpu", "deterministic": True}
-SHARED = {"node_share": 0.9, "edge_share": 0.98, "dtype": "float32", "compute": COMPUTE}
+PLACE = {"dtype": "float32", "compute": COMPUTE}
+SHARED = {"node_share": 0.9, "edge_share": 0.98, **PLACE}
 PROMPTS = {"short": [8, 9, 10, 5], "long": [8, 12, 10, 5, 7], "third": [8, 9, 10, 7]}
 
 
@@ -108,7 +110,7 @@ def test_supernodes_interventions_and_their_figures(world, tmp_path):
         },
     ]
     section = InterventionsSection(each=3, groups=1, bootstrap=50)
-    params = section.model_dump(exclude={"wanted"}) | SHARED | {"wanted": wanted}
+    params = section.model_dump(exclude={"wanted"}) | PLACE | {"wanted": wanted}
     tables = _run(
         intervene_on_graph, world | {"supernodes": files["supernodes"]}, params, tmp_path,
         "interventions", "effects", "agreement",
@@ -132,6 +134,55 @@ def test_supernodes_interventions_and_their_figures(world, tmp_path):
     _drawn(plot_graph_supernodes, files, tmp_path, max_nodes=8)
 
 
+def test_an_intervention_and_a_supernode_of_one_name_stay_apart(world, tmp_path):
+    ids = Graph.load(world["graph"]).node_ids()
+    files = _grouped(world, tmp_path, by_hand={"mine": ids[:2]}, automatic=False)
+    wanted = [{"name": "mine", "changes": [{"nodes": ["mine"], "operation": "scale", "value": 2.0}]}]
+    modes = [{"name": "direct", "attention": "frozen", "norms": "frozen", "up_to": "all"}]
+    section = InterventionsSection(each=0, groups=1, bootstrap=50).model_dump()
+    tables = _run(
+        intervene_on_graph, world | {"supernodes": files["supernodes"]},
+        section | PLACE | {"wanted": wanted, "modes": modes}, tmp_path, "interventions", "effects", "agreement",
+    )  # fmt: skip
+    shown, effects, fits = (read_table(tables[name]) for name in ("interventions", "effects", "agreement"))
+    assert chosen(shown, 4) == [("by hand", "mine"), ("supernode", "mine")]
+    whole = (fits["kind"] == "all") & (fits["target"] == "logit")
+    assert fits["interventions"][whole].tolist() == [2]
+    assert np.isfinite(fits["slope_low"][whole]).all()
+    with drawing(Style()):
+        figure = draw(shown, effects, fits, "a prompt", Style())
+    titles = [axes.get_title(loc="left").splitlines() for axes in figure.axes[:2]]
+    assert titles == [["mine", "scale 2: mine (2 held)"], ["mine", "remove (2 held)"]]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_difference_of_logits_has_heads_and_measured_effects(world, tmp_path, toy_lm):
+    lm, graph = toy_lm(), Graph.load(world["graph"])
+    words, ids = graph.logit_tokens[:2], graph.logits[:2].tolist()
+    difference = {"name": "difference", "tokens": {words[0]: 1.0, words[1]: -1.0}}
+    only = build_graph(lm, random_family(lm), PROMPTS["short"], targets=[difference])
+    assert only.facts["directions"] == {"0": {str(ids[0]): 1.0, str(ids[1]): -1.0}}
+    only.save(tmp_path / "only.safetensors")
+    inputs = world | {"graph": tmp_path / "only.safetensors"}
+    files = _run(attribute_heads, inputs, {"edges": 400, "batch": 50, **SHARED}, tmp_path, "heads")
+    heads = read_table(files["heads"])
+    assert "L_0" in set(heads["target"])
+    supernodes = _grouped(inputs, tmp_path)["supernodes"]
+    section = InterventionsSection(each=6, groups=0, bootstrap=50).model_dump()
+    tables = _run(
+        intervene_on_graph, inputs | {"supernodes": supernodes}, section | PLACE, tmp_path,
+        "interventions", "effects", "agreement",
+    )  # fmt: skip
+    shown, effects, fits = (read_table(tables[name]) for name in ("interventions", "effects", "agreement"))
+    direct = (effects["mode"] == "direct") & (effects["target"] == "logit")
+    assert direct.sum() == 6
+    np.testing.assert_allclose(effects["measured"][direct], effects["predicted"][direct], atol=2e-4)
+    assert np.abs(effects["measured"][direct]).max() > 0.01
+    assert np.isfinite(fits["pearson"][fits["target"] == "logit"]).all()
+    assert set(ids) <= set(shown["token"])
+
+
 def test_heads_and_motifs_and_their_figures(world, tmp_path):
     files = _run(attribute_heads, world, {"edges": 12, "batch": 5, **SHARED}, tmp_path, "heads")
     heads = read_table(files["heads"])
@@ -153,7 +204,7 @@ def test_interventions_that_change_nothing_are_refused(world, tmp_path):
     idle = next(f"0_{i}" for i in range(24) if i not in Graph.load(world["graph"]).features[:, 2])
     for change, said in (
         ({"nodes": [idle], "operation": "remove", "value": None}, "changes nothing"),
-        ({"nodes": [idle], "operation": "set", "value": 1.0}, f"for example {idle}_3"),
+        ({"nodes": [idle], "operation": "set", "value": 1.0}, f'for example "{idle}_3"'),
         ({"nodes": ["Paris"], "operation": "remove", "value": None}, "neither an id"),
     ):
         section = InterventionsSection(each=0, groups=0)
@@ -193,6 +244,20 @@ def test_modes_by_name():
     assert mode_of(said | {"up_to": None}, held, 12) == Mode(True, False, -1)
     assert [mode_of(said | {"up_to": last}, held, 12).up_to for last in ("all", "touched", 3)] == [11, 5, 3]
     assert mode_of({"attention": "free", "norms": "frozen", "up_to": None}, held, 12) == Mode(False, True, -1)
+
+
+def test_layers_beyond_the_model_are_refused_before_it_runs(world, tmp_path):
+    modes = [{"name": "deep", "attention": "frozen", "norms": "free", "up_to": 4}]
+    check_modes(modes, 5)
+    section = InterventionsSection().model_dump() | PLACE | {"modes": modes}
+    inputs = {
+        "graph": world["graph"],
+        "model": tmp_path / "none",
+        "dictionaries": [],
+        "supernodes": tmp_path / "none",
+    }
+    with pytest.raises(UserError, match=r"modes\.0\.up_to is 4, but the model has 4 layers"):
+        _run(intervene_on_graph, inputs, section, tmp_path, "interventions", "effects", "agreement")
 
 
 def test_sections_refuse_what_cannot_be():

@@ -12,6 +12,7 @@ import torch
 
 from circuitflow.dictionaries.dictionary import Dictionary, save_dictionary
 from circuitflow.errors import UserError
+from circuitflow.graphs import describing
 from circuitflow.graphs.converting import convert_graph, detected, export_graphs
 from circuitflow.graphs.describing import chosen_features, describe_graph_features
 from circuitflow.graphs.exporting import export_graph
@@ -22,6 +23,8 @@ from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.influence import prune, scores
 from circuitflow.graphs.labels import label, labels, read_descriptions
 from circuitflow.jobs import Output
+from circuitflow.models.loading import load_model
+from circuitflow.models.running import LanguageModel
 from circuitflow.store.files import read_json, write_json
 from tests.fixtures.activation_store import write_store
 from tests.fixtures.synthetic_graph import large, small
@@ -134,8 +137,18 @@ def test_features_of_most_influence_are_described(tmp_path: Path) -> None:
     assert list(found) == sorted(found)
 
 
-def test_descriptions_are_counted_by_hand(tmp_path: Path, toy_manifest: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_descriptions_are_counted_by_hand(
+    tmp_path: Path, toy_manifest: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
     """Features are coordinates of what the MLP of layer 0 reads; the graph names feature 7."""
+    loaded: list[LanguageModel] = []
+
+    def load(*given: Any) -> LanguageModel:
+        loaded.append(load_model(*given))
+        return loaded[0]
+
+    monkeypatch.setattr(describing, "load_model", load)
     rows, at = torch.eye(WIDTH), torch.zeros(WIDTH)
     x = np.zeros((3 * BLOCK, WIDTH), np.float32)
     x[[2, 9, 20], 7] = [1, 4, 2]
@@ -155,9 +168,10 @@ def test_descriptions_are_counted_by_hand(tmp_path: Path, toy_manifest: Callable
         "graphs": [tmp_path / "graph.safetensors"],
     }
     compute = {"threads": 1, "device": "cpu", "deterministic": True}
-    limits = {"features": 10, "contexts": 2, "window": 3, "logits": 4, "compute": compute}
+    limits = {"features": 10, "contexts": 2, "window": 3, "logits": 4, "dtype": dtype, "compute": compute}
     out = Output(tmp_path, {"features": tmp_path / "features.json"}, {})
     describe_graph_features(inputs, {**limits, "node_share": 1.0, "edge_share": 1.0}, out)
+    assert str(loaded[0].dtype) == f"torch.{dtype}"
     found = read_descriptions(tmp_path / "features.json")
     assert set(found) == {(0, 7), (1, 4)}
     assert (found[0, 7]["density"], found[0, 7]["max"]) == (3 / 24, 4)
@@ -234,6 +248,10 @@ def test_converting_there_and_back(tmp_path: Path) -> None:
     assert again.scan == "other"
     assert again.facts["scores"] == scores(graph)._asdict()
     assert len(again.kept.edges) == len(first["links"])
+    rewritten = read_json(tmp_path / "again.json")
+    assert rewritten["links"] == first["links"]  # with the shares of the whole graph
+    assert rewritten["metadata"]["pruning_settings"] == {"node_threshold": 0.7, "edge_threshold": 0.9}
+    assert rewritten["metadata"]["node_threshold"] == 0.7
     convert_graph(tmp_path / "graph.json", tmp_path / "pruned.safetensors", "circuitflow")
     assert np.isnan(Graph.load(tmp_path / "pruned.safetensors").bias).all()
 
@@ -250,7 +268,7 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
         ),
         ("nowhere.json", "viewer", "does not exist"),
         ("graph.pt", "viewer", "is a pickle, which is not opened here; .*to-plain"),
-        ("torn.safetensors", "viewer", "cannot be read as safetensors"),
+        ("torn.safetensors", "viewer", "is neither safetensors .* nor JSON"),
     ]
     for source, to_format, message in cases:
         with pytest.raises(UserError, match=message):
@@ -264,8 +282,10 @@ def test_forms_are_told_apart(tmp_path: Path) -> None:
     graph.save(tmp_path / "a.safetensors")
     write_circuit_tracer(tmp_path / "b.safetensors", graph)
     (tmp_path / "c.json").write_text(json.dumps({}))
+    (tmp_path / "d.download").write_text("\n " + json.dumps({}))
     assert [detected(path) for path in sorted(tmp_path.iterdir())] == [
         "circuitflow",
         "circuit_tracer",
+        "viewer",
         "viewer",
     ]

@@ -1,6 +1,7 @@
 """Exchange of attribution graphs: the viewer's JSON by hand and back, circuit-tracer's plain tensors and back."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from circuitflow.errors import UserError
+from circuitflow.graphs.building import Settings, build_graph
 from circuitflow.graphs.formats.circuit_tracer import read_circuit_tracer, write_circuit_tracer
 from circuitflow.graphs.formats.viewer import (
     Told,
@@ -24,9 +26,18 @@ from circuitflow.graphs.formats.viewer import (
 from circuitflow.graphs.formats.viewer_reading import read_viewer, whole
 from circuitflow.graphs.graph import NO_TOKEN, Graph
 from circuitflow.graphs.influence import prune, scores
+from tests.fixtures.graph_examples import random_family
 from tests.fixtures.synthetic_graph import large, small
 
 TOLD = Told("keys", "toy", labels={(0, 7): "plural noun"}, supernodes={"keys": [0, 1]}, pinned=[12])
+
+
+@pytest.fixture(scope="module")
+def built(random_lm: Callable[..., Any]) -> Graph:
+    """A graph as the stage leaves it, of a token and of a direction, over small token ids."""
+    lm = random_lm("llama", dtype="float32")
+    more = {"name": "more", "tokens": {4: 1.0, 11: -1.0}, "weight": 2.0}
+    return build_graph(lm, random_family(lm), [3, 17, 9], targets=[4, more], settings=Settings(max_nodes=8))
 
 
 def value_of(graph: Graph, told: Told = TOLD) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def test_there_and_back(tmp_path: Path, graph: Graph) -> None:
     again = tmp_path / "again.json"
     write_viewer(again, back.graph, whole(back.graph), Told("again", "toy"))
     assert links_of(json.loads(again.read_text())) == links_of(json.loads(path.read_text()))
-    np.testing.assert_allclose(back.kept.shares.sum(), kept.shares.sum())
+    np.testing.assert_allclose(back.kept.shares, kept.shares)
 
 
 def test_equal_graphs_give_equal_bytes(tmp_path: Path) -> None:
@@ -136,6 +147,59 @@ def test_a_direction_gets_a_number_after_the_vocabulary(tmp_path: Path) -> None:
     assert viewer_ids(graph)[-1] == "3_51_2"
     write_viewer(tmp_path / "graph.json", graph, whole(graph), TOLD)
     assert read_viewer(tmp_path / "graph.json").graph.logits.tolist() == [9, NO_TOKEN]
+
+
+def test_a_direction_has_a_weight_and_no_probability(
+    tmp_path: Path, built: Graph, random_lm: Callable[..., Any]
+) -> None:
+    value = viewer_value(built, whole(built), TOLD)
+    token, direction = value["nodes"][-2:]
+    vocabulary = random_lm("llama", dtype="float32").hf.config.vocab_size
+    assert vocabulary > 20
+    assert direction["feature"] == vocabulary + 1
+    assert (direction["token_prob"], direction["weight"]) == (0.0, 2.0)
+    assert direction["clerp"] == 'Output "more" (p=none, weight 2)'
+    assert "weight" not in token
+    write_viewer(tmp_path / "graph.json", built, whole(built), TOLD)
+    back = read_viewer(tmp_path / "graph.json").graph
+    assert back.logits.tolist() == [4, NO_TOKEN]
+    assert back.logit_tokens == built.logit_tokens
+    np.testing.assert_allclose(back.probabilities, built.probabilities, rtol=1e-6)
+    write_circuit_tracer(tmp_path / "plain.safetensors", built)
+    plain = read_circuit_tracer(tmp_path / "plain.safetensors")
+    assert plain.logits.tolist() == [4, NO_TOKEN]
+    assert plain.facts["vocab_size"] == vocabulary
+
+
+def test_shares_by_hand() -> None:
+    """Into the first output (p = 0.75) run 3, −0.5 and 0.25; the second feature passes on what it has of that."""
+    kept = whole(small())
+    found = {
+        (int(up), int(down)): share
+        for (down, up), share in zip(kept.edges, kept.shares.tolist(), strict=True)
+    }
+    assert found[2, 12] == pytest.approx(0.75 * 3 / 3.75)
+    assert found[1, 13] == pytest.approx(0.125)
+    assert found[0, 2] == pytest.approx(0.6 * 2 / 7)
+    assert found[1, 2] == pytest.approx(0.6 * 4 / 7)
+
+
+def test_a_whole_graph_has_the_shares_of_one_of_which_pruning_takes_nothing() -> None:
+    graph = large(40)
+    kept, pruned = whole(graph), prune(graph, 1.0, 1.0)
+    shares = {tuple(ends): share for ends, share in zip(kept.edges.tolist(), kept.shares, strict=True)}
+    assert len(pruned.edges) > 500
+    found = [shares[tuple(ends)] for ends in pruned.edges.tolist()]
+    np.testing.assert_allclose(found, pruned.shares, rtol=1e-6)
+    np.testing.assert_array_equal(kept.influence, pruned.influence)
+
+
+def test_a_file_without_shares_gets_those_within_the_file(tmp_path: Path) -> None:
+    value = theirs()
+    for link in value["links"]:
+        del link["share"]
+    (tmp_path / "graph.json").write_text(json.dumps(value))
+    np.testing.assert_allclose(read_viewer(tmp_path / "graph.json").kept.shares, whole(small()).shares)
 
 
 def theirs() -> dict[str, Any]:
@@ -202,6 +266,89 @@ def test_files_that_are_no_graphs(tmp_path: Path) -> None:
             read_viewer(path)
 
 
+NODE = "Graph .*graph.json: node 0 "
+
+
+@pytest.mark.parametrize(
+    ("node", "changes", "message"),
+    [
+        (0, None, NODE + "has no node_id"),
+        (0, {"node_id": None}, NODE + "has no node_id"),
+        (0, {"layer": "E"}, NODE + r"\(0_7_1\) has layer 'E'; expected a whole number from 0"),
+        (0, {"layer": None}, "has layer None"),
+        (0, {"ctx_idx": 3}, "has ctx_idx 3; expected a whole number from 0 to 2"),
+        (0, {"feature": -1}, "has feature -1"),
+        (0, {"activation": "high"}, "has activation 'high'; expected a number"),
+        (3, {"ctx_idx": None}, "has ctx_idx None"),
+        (5, {"ctx_idx": "one"}, "has ctx_idx 'one'"),
+        (5, {"ctx_idx": 1}, "two token nodes at one position"),
+        (8, {"layer": "out"}, "has layer 'out'"),
+        (8, {"feature": None}, "has feature None"),
+        (8, {"token_prob": "0.5"}, "has token_prob '0.5'"),
+    ],
+)
+def test_nodes_that_are_not_as_expected(
+    tmp_path: Path, node: int, changes: dict[str, Any] | None, message: str
+) -> None:
+    value = theirs()
+    changed = None if changes is None else value["nodes"][node] | changes
+    if changed is not None:
+        changed = {key: item for key, item in changed.items() if item is not None}
+    value["nodes"][node] = changed
+    (tmp_path / "graph.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=message):
+        read_viewer(tmp_path / "graph.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"links": ["E_5_0"]}, "link 0 has no weight"),
+        ({"links": [{"source": "E_5_0", "target": "0_7_1"}]}, "link 0 has no weight"),
+        ({"links": [{"source": "E_5_0", "target": "0_7_1", "weight": float("nan")}]}, "link 0 has no weight"),
+        (
+            {"links": [{"source": ["E_5_0"], "target": "0_7_1", "weight": 1}]},
+            r"source \['E_5_0'\], which is no",
+        ),
+        (
+            {
+                "links": [
+                    {"source": "0_7_1", "target": "1_4_2", "weight": 1},
+                    {"source": "1_4_2", "target": "0_7_1", "weight": 1},
+                    {"source": "1_4_2", "target": "3_9_2", "weight": 1},
+                ]
+            },
+            "cannot be followed: effects of the graph go round in a circle",
+        ),
+        ({"qParams": ["0_7_1"]}, "qParams without lists"),
+        ({"qParams": {"pinnedIds": "0_7_1"}}, "qParams without lists"),
+        ({"qParams": {"supernodes": ["keys"]}}, "a supernode that is no list"),
+        ({"metadata": {"prompt_tokens": []}}, "no metadata.prompt_tokens"),
+    ],
+)
+def test_links_and_annotations_that_are_not_as_expected(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "graph.json").write_text(json.dumps(theirs() | changes))
+    with pytest.raises(UserError, match=message):
+        read_viewer(tmp_path / "graph.json")
+
+
+def test_outputs_stand_above_every_layer_however_the_file_counts(tmp_path: Path) -> None:
+    value = theirs()
+    for node in value["nodes"][8:]:
+        node["layer"] = "2"
+    (tmp_path / "graph.json").write_text(json.dumps(value))
+    assert read_viewer(tmp_path / "graph.json").graph.facts["n_layers"] == 2
+
+
+def test_what_pruning_kept_is_told(tmp_path: Path) -> None:
+    value = theirs()
+    value["metadata"] |= {"node_threshold": 0.7, "pruning_settings": None}
+    (tmp_path / "graph.json").write_text(json.dumps(value))
+    assert read_viewer(tmp_path / "graph.json").graph.facts["pruned"] == {"node_threshold": 0.7}
+
+
 def test_plain_tensors_of_circuit_tracer_there_and_back(tmp_path: Path) -> None:
     graph = large(40)
     write_circuit_tracer(tmp_path / "plain.safetensors", graph)
@@ -212,8 +359,7 @@ def test_plain_tensors_of_circuit_tracer_there_and_back(tmp_path: Path) -> None:
     assert (back.tokens, back.prompt, back.logit_tokens) == (graph.tokens, graph.prompt, graph.logit_tokens)
     np.testing.assert_allclose(scores(back), scores(graph), rtol=1e-6)
     write_circuit_tracer(tmp_path / "again.safetensors", back)
-    assert (tmp_path / "again.safetensors").read_bytes() != b""
-    assert effects(read_circuit_tracer(tmp_path / "again.safetensors")) == effects(graph)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
 
 
 def test_plain_tensors_by_hand(tmp_path: Path) -> None:
@@ -246,6 +392,31 @@ def test_the_shape_of_the_model_is_taken_from_its_configuration(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 1}))
     with pytest.raises(UserError, match="nodes of 2 layers and the model has 1"):
         write_circuit_tracer(tmp_path / "plain.safetensors", small(), tmp_path)
+
+
+def test_the_vocabulary_of_a_graph_that_does_not_say_is_the_models(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "vocab_size": 77}))
+    graph = replace(small(), logits=np.array([9, NO_TOKEN]), facts={"n_layers": 2})
+    for model, size in ((tmp_path, 77), (None, 10)):
+        write_circuit_tracer(tmp_path / "plain.safetensors", graph, model)
+        back = read_circuit_tracer(tmp_path / "plain.safetensors")
+        assert (back.facts["vocab_size"], back.facts["circuit_tracer"]["d_vocab"]) == (size, size)
+        with safe_open(tmp_path / "plain.safetensors", framework="np") as opened:
+            assert opened.get_tensor("logit_token_ids").tolist() == [9, size + 1]
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "vocab_size": 7}))
+    with pytest.raises(UserError, match="a token of id 7 and the model a vocabulary of 7"):
+        write_circuit_tracer(tmp_path / "plain.safetensors", graph, tmp_path)
+
+
+def test_tokens_that_a_viewers_file_does_not_show_are_not_made_up(tmp_path: Path) -> None:
+    value = theirs()
+    del value["nodes"][6]
+    value["links"] = [link for link in value["links"] if link["source"] != "E_6_1"]
+    (tmp_path / "graph.json").write_text(json.dumps(value))
+    graph = read_viewer(tmp_path / "graph.json").graph
+    assert graph.token_ids.tolist() == [5, NO_TOKEN, 7]
+    with pytest.raises(UserError, match=r"which tokens stand at positions \[1\]"):
+        write_circuit_tracer(tmp_path / "plain.safetensors", graph)
 
 
 def test_other_files_are_told_how_to_convert(tmp_path: Path) -> None:

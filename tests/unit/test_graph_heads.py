@@ -7,7 +7,9 @@ import torch
 from circuitflow.graphs.building import Settings, build_graph
 from circuitflow.graphs.head_paths import Enter, Read, split
 from circuitflow.graphs.heads import by_head, enter_of, read_of, strongest, table
+from circuitflow.graphs.influence import prune
 from circuitflow.graphs.sources import Sources
+from circuitflow.graphs.targets import Direction
 from circuitflow.models.frozen import FrozenPrompt
 from tests.fixtures.graph_examples import random_family
 
@@ -50,6 +52,28 @@ def test_heads_and_the_direct_part_sum_to_the_edge(random_lm, architecture, kind
     assert apart.any()
     assert (direct[apart] == 0).all()
     assert (direct[~apart] != 0).all()
+
+
+def test_edges_into_combinations_of_logits_are_split_too(random_lm, caplog):
+    lm = random_lm("gemma2")
+    family = random_family(lm)
+    words = build_graph(lm, family, TOKENS, targets=[4, 11]).logit_tokens
+    difference = {"tokens": {words[0]: 1.0, words[1]: -2.0}}
+    row = Direction("row", torch.ones(lm.d_model, dtype=torch.float64))
+    graph = build_graph(lm, family, TOKENS, targets=[difference, row], settings=Settings(max_nodes=None))
+    with caplog.at_level("INFO", logger="circuitflow"):
+        edges, _ = strongest(graph, 10**6, 1.0, 1.0)
+    into = edges[:, 0] >= graph.first_logit
+    assert set(edges[into, 0]) == {graph.first_logit}
+    others = (prune(graph, 1.0, 1.0).edges[:, 0] == graph.n_nodes - 1).sum()
+    assert others > 10
+    assert f"{others} edges into directions are left out" in caplog.text
+    edges = edges[into][:40]
+    with torch.no_grad():
+        sources = Sources.of(FrozenPrompt.of(lm, torch.tensor(TOKENS)), family)
+        found = by_head(sources, graph, edges, batch=7)
+    parts = np.array([float(one.direct.sum() + one.last.sum()) for one in found])
+    np.testing.assert_allclose(parts, graph.weights[-2, edges[:, 1]], rtol=1e-8, atol=1e-10)
 
 
 def test_what_goes_through_a_head_is_what_is_lost_without_it(random_lm):

@@ -1,5 +1,6 @@
 """Influence, pruning and scores of attribution graphs, worked by hand; and the stage that makes their files."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from circuitflow.dictionaries.family import save_family
 from circuitflow.graphs.graph import Graph
-from circuitflow.graphs.influence import cut, influence, prune, scores
+from circuitflow.graphs.influence import cut, influence, prune, scores, whole_influence
 from circuitflow.graphs.order import Known
+from circuitflow.graphs.pruning import prune_graph
 from circuitflow.graphs.stage import BUILT, build_attribution_graph
 from circuitflow.jobs import Output
 from circuitflow.store.files import read_json
@@ -118,6 +120,26 @@ def test_nodes_that_lead_nowhere_after_pruning_go():
     assert kept.nodes.tolist() == [False, False, True, True, True, True]
 
 
+def test_features_without_a_row_stay_for_their_influence():
+    """Feature 0 is a source alone, as keep_all leaves it: what reaches it is not known."""
+    whole = small()
+    graph = replace(whole, targets=whole.targets[1:], weights=whole.weights[1:], bias=whole.bias[1:])
+    kept = prune(graph, node_share=1.0, edge_share=1.0)
+    assert kept.nodes.all()
+    assert [1, 0] in kept.edges.tolist()
+    np.testing.assert_allclose(kept.influence, whole_influence(graph))
+    np.testing.assert_allclose(kept.influence[0], 3 / 16)
+    # what it feeds has lost every cause, and goes; then nothing is left that it leads to
+    assert prune(graph, node_share=1.0, edge_share=0.3).nodes.tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
+
+
 def test_cut_is_the_smallest_value_that_is_needed():
     values = np.array([1.0, 4.0, 3.0, 2.0])
     assert [cut(values, share) for share in (0.3, 0.4, 0.7, 0.71, 1.0)] == [4.0, 4.0, 3.0, 2.0, 1.0]
@@ -140,15 +162,14 @@ def test_the_stage_writes_graph_tables_and_summary(toy_manifest, tmp_path):
     assert set(settings) == set(BUILT)
     params = {
         "prompt": {"name": "one", "text": "The teacher near the farmers", "targets": None}, "model": "toy",
-        "dictionaries": "random", "node_share": 0.8, "edge_share": 0.98, "dtype": "float32",
-        "compute": {"device": "cpu"}, **settings,
+        "dictionaries": "random", "dtype": "float32", "compute": {"device": "cpu"}, **settings,
     }  # fmt: skip
     names = {"graph": "safetensors", "nodes": "parquet", "edges": "parquet", "summary": "json"}
     for folder in ("a", "b"):
         files = {name: tmp_path / folder / f"{name}.{ending}" for name, ending in names.items()}
-        build_attribution_graph(
-            {"model": manifest, "dictionaries": paths}, params, Output(tmp_path, files, {})
-        )
+        out = Output(tmp_path, files, {})
+        build_attribution_graph({"model": manifest, "dictionaries": paths}, params, out)
+        prune_graph({"graph": files["graph"]}, {"node_share": 0.8, "edge_share": 0.98}, out)
     for name, path in files.items():
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), name
     graph, nodes, edges = Graph.load(files["graph"]), read_table(files["nodes"]), read_table(files["edges"])
@@ -160,6 +181,7 @@ def test_the_stage_writes_graph_tables_and_summary(toy_manifest, tmp_path):
     told = read_json(files["summary"])
     assert told["largest_deviation"] < 1e-4
     assert told["kept_edges"] == len(edges["weight"])
+    assert told["pruning"] == {"node_share": 0.8, "edge_share": 0.98}
     assert told["nodes"]["feature"] == 30
     assert 0 < told["facts"]["influence_left_out"] < 1
     assert told["replacement_score"] == scores(graph).replacement

@@ -32,7 +32,7 @@ def test_with_everything_frozen_effects_are_the_graphs_edges(random_lm, architec
     family = random_family(lm)
     graph = autograd_graph(lm, family, TOKENS, LOGITS)
     prompt = Prompt(lm, family, TOKENS)
-    source = int(np.abs(graph.weights[-1]).argmax())
+    source = int(np.abs(graph.weights[-1, : graph.first_error]).argmax())
     layer, position, feature = map(int, graph.features[source])
     own = prompt.activation(layer, position, feature)
     assert own == pytest.approx(graph.activations[source], rel=1e-9)

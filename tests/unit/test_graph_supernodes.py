@@ -181,6 +181,19 @@ def test_coactivation_and_what_is_unknown():
     assert Activity(values, np.array([5, 6, 7, 6])).fires_on(np.array([0, 3]), 2) == [6, 7]
 
 
+def test_virtual_weights_to_combinations_of_logits(random_lm):
+    lm = random_lm("llama")
+    family = random_family(lm)
+    words = build_graph(lm, family, [5, 9, 3], targets=[4, 11]).logit_tokens
+    difference = {"tokens": {words[0]: 1.0, words[1]: -1.0}}
+    graph = build_graph(lm, family, [5, 9, 3], targets=[4, difference, 11], settings=Settings(max_nodes=None))
+    with torch.no_grad():
+        sources = Sources.of(FrozenPrompt.of(lm, torch.tensor([5, 9, 3])), family)
+        found = virtual_weights(sources, graph, graph.features[:4, [0, 2]], graph.activations[:4]).logits
+    np.testing.assert_allclose(found[1], found[0] - found[2], atol=1e-12)
+    assert np.abs(found[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize("cross", [False, True])
 def test_virtual_weights_are_direct_effects_without_attention(random_lm, cross):
     """At one position, patterns zero and scales 1, an edge of the graph is the virtual weight."""

@@ -13,9 +13,8 @@ from tests.workflow.conftest import GRAPHS, Clone
 FOLDER = Path("results/tiny/graphs/transcoders")
 PROMPTS = ("plural", "singular")
 LAYERS = 4
-OF_GRAPHS = {
-    "build_attribution_graph": 2,
-    "virtual_weights": 2,
+OF_PRUNING = {
+    "prune_graph": 2,
     "describe_graph_features": 1,
     "export_graph": 2,
     "plot_attribution_graph": 2,
@@ -28,6 +27,7 @@ OF_GRAPHS = {
     "plot_graph_motifs": 1,
     "plot_graph_supernodes": 2,
 }
+OF_GRAPHS = {"build_attribution_graph": 2, "virtual_weights": 2, **OF_PRUNING}
 OF_TRANSCODERS = {"measure_transcoders": 1, "plot_transcoder_quality": 1, "plot_transcoder_training": 1}
 
 
@@ -84,7 +84,7 @@ EDITS = {
     "the share of nodes that pruning keeps": (
         "  features: {features: 20",
         "  node_share: 0.7\n  features: {features: 20",
-        OF_GRAPHS,
+        OF_PRUNING,
     ),
     "one prompt": (
         'text: "The doctors near the car"',
@@ -94,6 +94,7 @@ EDITS = {
         | dict.fromkeys(
             (
                 "build_attribution_graph",
+                "prune_graph",
                 "virtual_weights",
                 "group_features",
                 "intervene_on_graph",

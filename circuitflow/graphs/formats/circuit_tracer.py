@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from circuitflow.errors import UserError
-from circuitflow.graphs.formats.viewer import layers_of, logit_numbers
+from circuitflow.graphs.formats.viewer import layers_of, logit_numbers, vocabulary_of
 from circuitflow.graphs.graph import NO_TOKEN, Graph
 from circuitflow.provenance import canonical_json
 from circuitflow.store.files import atomic_path
@@ -86,8 +86,13 @@ def write_circuit_tracer(path: Path, graph: Graph, model: Path | None = None) ->
     Errors that the graph has no node for (nothing is left over there) get rows and columns of 0.
 
     :param model: folder with the model's config.json, or that file: what its graphs say of a model.
-    :raises UserError: an error node is beyond the model's layers, or the model is not of this depth.
+    :raises UserError: the graph does not know its prompt's token ids, or the model is not the graph's.
     """
+    if (graph.token_ids < 0).any():
+        raise UserError(
+            f"The graph does not say which tokens stand at positions {np.flatnonzero(graph.token_ids < 0).tolist()}: "
+            "a viewer's file need not show them all; convert the graph that the file was made of."
+        )
     cfg = _cfg(graph, model)
     n_pos, n_layers = graph.n_pos, int(cfg["n_layers"])
     features = len(graph.features)
@@ -103,7 +108,7 @@ def write_circuit_tracer(path: Path, graph: Graph, model: Path | None = None) ->
         "activation_values": graph.activations.astype(np.float32),
         "selected_features": np.arange(features, dtype=np.int64),
         "input_tokens": graph.token_ids.astype(np.int64),
-        "logit_token_ids": np.array(logit_numbers(graph), dtype=np.int64),
+        "logit_token_ids": np.array(logit_numbers(graph, cfg["d_vocab"]), dtype=np.int64),
         "logit_probabilities": graph.probabilities.astype(np.float32),
     }
     said = {
@@ -148,12 +153,16 @@ def _cfg(graph: Graph, model: Path | None) -> dict[str, Any]:
         "original_architecture": cfg.get("original_architecture", "unknown"),
     }
     cfg["n_layers"] = int(cfg["n_layers"] or layers_of(graph))
-    numbers = [token for token in graph.logits.tolist() if token != NO_TOKEN]
-    known = graph.facts.get("vocab_size") or max([*numbers, *graph.token_ids.tolist()], default=0) + 1
-    cfg["d_vocab"] = int(known)  # numbers of directions start here
+    # Numbers of directions start at d_vocab.
+    cfg["d_vocab"] = int(graph.facts.get("vocab_size") or cfg["d_vocab"] or vocabulary_of(graph))
     if cfg["n_layers"] < layers_of(graph):
         raise UserError(
             f"The graph has nodes of {layers_of(graph)} layers and the model has {cfg['n_layers']}; name the model of "
+            "the graph."
+        )
+    if cfg["d_vocab"] <= (largest := int(graph.token_ids.max(initial=0))):
+        raise UserError(
+            f"The graph has a token of id {largest} and the model a vocabulary of {cfg['d_vocab']}; name the model of "
             "the graph."
         )
     return cfg

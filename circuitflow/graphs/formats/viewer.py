@@ -77,11 +77,16 @@ def viewer_ids(graph: Graph) -> list[str]:
     return features + errors + tokens + logits
 
 
-def logit_numbers(graph: Graph) -> list[int]:
+def logit_numbers(graph: Graph, vocabulary: int | None = None) -> list[int]:
     """The token of each logit node; a direction gets a number after the vocabulary, in the order of the nodes."""
-    known = [*graph.logits.tolist(), *graph.token_ids.tolist()]
-    size = int(graph.facts.get("vocab_size") or max(known, default=0) + 1)
+    size = vocabulary or vocabulary_of(graph)
     return [size + rank if token == NO_TOKEN else token for rank, token in enumerate(graph.logits.tolist())]
+
+
+def vocabulary_of(graph: Graph) -> int:
+    """How many tokens the model has; of a graph that does not say, one more than the largest id that it names."""
+    known = [*graph.logits.tolist(), *graph.token_ids.tolist()]
+    return int(graph.facts.get("vocab_size") or max(known, default=0) + 1)
 
 
 def layers_of(graph: Graph) -> int:
@@ -102,7 +107,8 @@ def cumulative(influence: np.ndarray) -> np.ndarray:
 def viewer_value(graph: Graph, kept: Kept, told: Told) -> dict[str, Any]:
     """The pruned graph as the plain value of the viewer's JSON.
 
-    A link's ``share``, which only our own views read, is its part in the influence on the outputs (edge score).
+    Only our own views read a link's ``share``, its part in the influence on the outputs (edge score), and the
+    ``weight`` of an output that is a direction, where influence begins: it has no probability.
     """
     ids, shares = viewer_ids(graph), cumulative(kept.influence)
     used = kept.nodes.copy()
@@ -199,14 +205,17 @@ def _token(graph: Graph, node: int, told: Told) -> dict[str, Any]:
 def _logit(graph: Graph, node: int, told: Told) -> dict[str, Any]:
     del told
     rank, position = node - graph.first_logit, graph.n_pos - 1
-    token, probability = logit_numbers(graph)[rank], float(graph.probabilities[rank])
-    return {
+    token, weight = logit_numbers(graph)[rank], float(graph.probabilities[rank])
+    # The viewer takes a number after "(p=" for the probability; a direction has none.
+    direction = graph.logits[rank] == NO_TOKEN
+    said: dict[str, Any] = {"weight": weight} if direction else {"token_prob": weight}
+    p = f"none, weight {weight:g}" if direction else f"{weight:.3f}"
+    return said | {
         "feature": token,
         "layer": str(layers_of(graph) + 1),
         "ctx_idx": position,
         "jsNodeId": f"L_{token}-{position}",
-        "clerp": f'Output "{graph.logit_tokens[rank]}" (p={probability:.3f})',  # the viewer reads p out of it
-        "token_prob": probability,
+        "clerp": f'Output "{graph.logit_tokens[rank]}" (p={p})',
         "is_target_logit": rank == 0,
         "influence": None,
     }

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from circuitflow.errors import UserError
-from circuitflow.graphs.formats.viewer import OWN, TYPES, unpair
+from circuitflow.graphs.formats.viewer import OWN, unpair
+from circuitflow.graphs.formats.viewer_checks import Link, is_number, kind_of, link_of, read_checked
 from circuitflow.graphs.graph import KINDS, NO_TOKEN, Graph
-from circuitflow.graphs.influence import Kept, influence
-from circuitflow.store.files import read_json
+from circuitflow.graphs.influence import Kept, normalised, start, whole_influence
 
 NAMED = re.compile(r"(\d+)_(\d+)_(\d+)")
 TOKEN = re.compile(r"E_(\d+)_\d+")
@@ -33,7 +33,7 @@ class Viewed:
     """Node numbers by name; a name used twice gets a number."""
     pinned: list[int]
     kept: Kept
-    """Nodes and edges of the file. Influence and shares are those of the file, or else of the pruned graph."""
+    """Nodes and edges of the file. Influence is that within the file; so are shares, unless the file has its own."""
     facts: dict[str, Any]
     """What a file of ours says besides: scores, sizes before pruning."""
 
@@ -43,14 +43,14 @@ def read_viewer(path: Path) -> Viewed:
 
     Rows of the graph hold the links of the file; biases and what was pruned are not there (``bias`` is NaN).
 
-    :raises UserError: it is not such a file, two nodes have one name, or a link names a node that is not there.
+    :raises UserError: it is not such a file, a node or link is not as expected, or links go round in a circle.
     """
-    value = _checked(path)
-    nodes = _by_kind(path, value["nodes"])
+    value = read_checked(path)
+    tokens = [str(token) for token in value["metadata"]["prompt_tokens"]]
+    nodes = _by_kind(path, value["nodes"], len(tokens))
     ordered = [node for kind in KINDS for node in nodes[kind]]
     numbers = _numbers(path, ordered)
-    tokens = [str(token) for token in value["metadata"]["prompt_tokens"]]
-    places = _tokens(path, nodes["token"], len(tokens))
+    places = _tokens(path, nodes["token"])
     # Every position has a token node, also where the file shows none.
     first = len(nodes["feature"]) + len(nodes["error"])
     shift = len(tokens) - len(nodes["token"])
@@ -58,9 +58,10 @@ def read_viewer(path: Path) -> Viewed:
         name: number if number < first else first + places[name] if name in places else number + shift
         for name, number in numbers.items()
     }
-    graph = _graph(path, value, nodes, tokens, numbers)
+    links = [link_of(path, number, link, numbers) for number, link in enumerate(value["links"])]
+    graph = _graph(path, value, nodes, tokens, links)
     own = value["metadata"]
-    supernodes, pinned = _annotations(value.get("qParams") or {}, numbers)
+    supernodes, pinned = _annotations(path, value.get("qParams") or {}, numbers)
     labels = {
         (int(node["layer"]), _feature(path, node)): str(node["clerp"])
         for node in nodes["feature"]
@@ -68,60 +69,44 @@ def read_viewer(path: Path) -> Viewed:
     }
     facts = own[OWN] if isinstance(own.get(OWN), dict) else {}
     slug, scan = str(own.get("slug", path.stem)), str(own.get("scan", ""))
-    kept = _with_shares(whole(graph), value["links"], numbers)
+    try:
+        kept = _with_shares(whole(graph), links)
+    except ValueError as error:
+        raise UserError(
+            f"Graph {path} has links that cannot be followed: {error}; export it again."
+        ) from None
     return Viewed(graph, slug, scan, labels, supernodes, pinned, kept, facts)
 
 
 def whole(graph: Graph) -> Kept:
     """All nodes and edges of a graph, as pruning would give them if it took nothing away."""
-    p = np.zeros(graph.n_nodes)
-    p[graph.first_logit :] = graph.probabilities
+    p = start(graph)
+    total = whole_influence(graph)
     row, column = np.nonzero(graph.weights)
-    weights = graph.weights[row, column]
-    size = np.abs(graph.weights.astype(np.float64)).sum(axis=1)[row]
+    targets = graph.targets[row]
     return Kept(
         np.ones(graph.n_nodes, dtype=bool),
-        np.stack([graph.targets[row], column], axis=1),
-        weights,
-        np.abs(weights) / np.maximum(size, 1e-10),
-        influence(graph.weights, graph.targets, p),
+        np.stack([targets, column], axis=1),
+        graph.weights[row, column],
+        normalised(graph.weights)[row, column] * (total + p)[targets],
+        total,
     )
 
 
-def _with_shares(kept: Kept, links: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) -> Kept:
+def _with_shares(kept: Kept, links: Sequence[Link]) -> Kept:
     """Edges with the shares that the file gives, if it does."""
-    given = {(numbers[x["target"]], numbers[x["source"]]): x.get("share") for x in links}
+    given = {(link.target, link.source): link.share for link in links}
     shares = [given.get((down, up)) for down, up in kept.edges.tolist()]
     if any(share is None for share in shares):
         return kept
     return replace(kept, shares=np.array(shares, dtype=np.float64))
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    parts = {"metadata": dict, "nodes": list, "links": list}
-    for key, kind in parts.items():
-        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
-            raise UserError(
-                f"File {path} is no graph of a viewer: it has no {key}; name a JSON file that circuit-tracer, "
-                "Neuronpedia or `circuitflow convert-graph` wrote."
-            )
-    if not isinstance(value["metadata"].get("prompt_tokens"), list):
-        raise UserError(f"Graph {path} has no metadata.prompt_tokens; export it again.")
-    return value
-
-
-def _by_kind(path: Path, nodes: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def _by_kind(path: Path, nodes: Sequence[Any], n_pos: int) -> dict[str, list[Mapping[str, Any]]]:
     """Nodes by kind, errors by layer and position, tokens by position, the others as they stand."""
-    kinds = {name: kind for kind, name in TYPES.items()}
     found: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in KINDS}
-    for node in nodes:
-        kind = kinds.get(str(node.get("feature_type")))
-        if kind is None:
-            raise UserError(
-                f"Graph {path} has a node of type {node.get('feature_type')!r}; expected {', '.join(kinds)}."
-            )
-        found[kind].append(node)
+    for number, node in enumerate(nodes):
+        found[kind_of(path, number, node, n_pos)].append(node)
     found["error"].sort(key=lambda node: (int(node["layer"]), int(node["ctx_idx"])))
     found["token"].sort(key=lambda node: int(node["ctx_idx"]))
     return found
@@ -139,10 +124,11 @@ def _numbers(path: Path, ordered: Sequence[Mapping[str, Any]]) -> dict[str, int]
     return numbers
 
 
-def _tokens(path: Path, nodes: Sequence[Mapping[str, Any]], count: int) -> dict[str, int]:
+def _tokens(path: Path, nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Positions of token nodes by their names."""
     found = {str(node["node_id"]): int(node["ctx_idx"]) for node in nodes}
-    if len(set(found.values())) != len(found) or any(not 0 <= at < count for at in found.values()):
-        raise UserError(f"Graph {path} has token nodes that do not fit its {count} tokens; export it again.")
+    if len(set(found.values())) != len(found):
+        raise UserError(f"Graph {path} has two token nodes at one position; export it again.")
     return found
 
 
@@ -151,16 +137,15 @@ def _graph(
     value: Mapping[str, Any],
     nodes: Mapping[str, Sequence[Mapping[str, Any]]],
     tokens: Sequence[str],
-    numbers: Mapping[str, int],
+    links: Sequence[Link],
 ) -> Graph:
     features = [(int(n["layer"]), int(n["ctx_idx"]), _feature(path, n)) for n in nodes["feature"]]
     errors = [(int(node["layer"]), int(node["ctx_idx"])) for node in nodes["error"]]
     activations = [node.get("activation") for node in nodes["feature"]]
     facts = _facts(value, nodes)
-    size = facts.get("vocab_size")
-    logits = [int(node["feature"]) for node in nodes["logit"]]
+    logits = nodes["logit"]
     n_nodes = len(features) + len(errors) + len(tokens) + len(logits)
-    targets, weights = _weights(path, value["links"], numbers, n_nodes, n_nodes - len(logits))
+    targets, weights = _weights(links, n_nodes, n_nodes - len(logits))
     return Graph(
         prompt=str(value["metadata"].get("prompt", "".join(tokens))),
         tokens=tuple(tokens),
@@ -168,9 +153,11 @@ def _graph(
         features=np.array(features, dtype=np.int64).reshape(-1, 3),
         activations=np.array([np.nan if a is None else a for a in activations], dtype=np.float32),
         errors=np.array(errors, dtype=np.int64).reshape(-1, 2),
-        logits=np.array([NO_TOKEN if size and t >= size else t for t in logits], dtype=np.int64),
-        logit_tokens=tuple(_output(node) for node in nodes["logit"]),
-        probabilities=np.array([float(n.get("token_prob") or 0.0) for n in nodes["logit"]]),
+        logits=np.array([_logit(node, facts.get("vocab_size")) for node in logits], dtype=np.int64),
+        logit_tokens=tuple(map(_output, logits)),
+        probabilities=np.array(
+            [float(node.get("weight") or node.get("token_prob") or 0.0) for node in logits]
+        ),
         targets=targets,
         weights=weights,
         bias=np.full(len(targets), np.nan),
@@ -185,25 +172,29 @@ def _facts(value: Mapping[str, Any], nodes: Mapping[str, Sequence[Mapping[str, A
     if isinstance(own, Mapping) and "n_layers" in own:
         facts["n_layers"] = int(own["n_layers"])
     elif nodes["logit"]:
-        facts["n_layers"] = int(nodes["logit"][0]["layer"]) - 1  # so circuit-tracer counts
-    return facts | {"pruned": dict(value["metadata"].get("pruning_settings") or {}), "bias": UNKNOWN_BIAS}
+        deepest = max(
+            (int(node["layer"]) for kind in ("feature", "error") for node in nodes[kind]), default=-1
+        )
+        facts["n_layers"] = max(int(nodes["logit"][0]["layer"]) - 1, deepest + 1)  # so circuit-tracer counts
+    return facts | {"pruned": _pruned(value["metadata"]), "bias": UNKNOWN_BIAS}
 
 
-def _weights(
-    path: Path, links: Sequence[Mapping[str, Any]], numbers: Mapping[str, int], n_nodes: int, first_logit: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _pruned(metadata: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of influence that pruning kept, as far as they are told."""
+    settings = metadata.get("pruning_settings")
+    told: dict[str, Any] = {"node_threshold": metadata.get("node_threshold")}
+    told |= settings if isinstance(settings, Mapping) else {}
+    known = ("node_threshold", "edge_threshold")
+    return {name: float(told[name]) for name in known if is_number(told.get(name))}
+
+
+def _weights(links: Sequence[Link], n_nodes: int, first_logit: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of all nodes that links lead to, and of the logits."""
-    for link in links:
-        for end in ("source", "target"):
-            if link.get(end) not in numbers:
-                raise UserError(
-                    f"Graph {path} has a link with {end} {link.get(end)!r}, which is no node of it."
-                )
-    ends = np.array([(numbers[x["target"]], numbers[x["source"]]) for x in links], np.int64).reshape(-1, 2)
+    ends = np.array([(link.target, link.source) for link in links], np.int64).reshape(-1, 2)
     targets = np.union1d(ends[:, 0], np.arange(first_logit, n_nodes))
     weights = np.zeros((len(targets), n_nodes), dtype=np.float32)
     rows = np.searchsorted(targets, ends[:, 0])
-    weights[rows, ends[:, 1]] = [float(link["weight"]) for link in links]
+    weights[rows, ends[:, 1]] = [link.weight for link in links]
     return targets, weights
 
 
@@ -232,17 +223,39 @@ def _feature(path: Path, node: Mapping[str, Any]) -> int:
     return paired[1]
 
 
+def _logit(node: Mapping[str, Any], vocabulary: int | None) -> int:
+    """The token of an output; that of a direction has a weight of its own, or a number after the vocabulary."""
+    token = int(node["feature"])
+    beyond = vocabulary is not None and token >= vocabulary
+    return NO_TOKEN if beyond or node.get("weight") is not None else token
+
+
 def _output(node: Mapping[str, Any]) -> str:
     found = OUTPUT.fullmatch(str(node.get("clerp", "")))
     return found[1] if found else str(node.get("clerp") or node["node_id"])
 
 
-def _annotations(q: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[dict[str, list[int]], list[int]]:
+def _annotations(path: Path, q: Any, numbers: Mapping[str, int]) -> tuple[dict[str, list[int]], list[int]]:
+    """Supernodes and pinned nodes, as far as they are nodes of the file.
+
+    :raises UserError: they are not lists.
+    """
+    groups, names = (
+        q.get(key) or [] if isinstance(q, Mapping) else None for key in ("supernodes", "pinnedIds")
+    )
+    if not isinstance(names, list) or not isinstance(groups, list):
+        raise UserError(
+            f"Graph {path} has qParams without lists of supernodes and pinnedIds; export it again."
+        )
+    if any(not isinstance(group, list) or not group for group in groups):
+        raise UserError(
+            f"Graph {path} has a supernode that is no list of its name and nodes; export it again."
+        )
     supernodes: dict[str, list[int]] = {}
-    for name, *members in q.get("supernodes") or []:
+    for name, *members in groups:
         unique, count = str(name), 1
         while unique in supernodes:
             count += 1
             unique = f"{name} ({count})"
-        supernodes[unique] = [numbers[member] for member in members if member in numbers]
-    return supernodes, [numbers[name] for name in q.get("pinnedIds") or [] if name in numbers]
+        supernodes[unique] = [numbers[member] for member in map(str, members) if member in numbers]
+    return supernodes, [numbers[name] for name in map(str, names) if name in numbers]
