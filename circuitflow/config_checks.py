@@ -1,6 +1,6 @@
 """Reading a configuration: every mistake is told in one sentence, before any job starts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,16 @@ from pydantic import ValidationError
 from circuitflow.config import Config, ImportedPairs, TaskSentences, TextFiles, TextPairs, json_schema
 from circuitflow.config_base import Section
 from circuitflow.config_checks_experiments import check_experiments
-from circuitflow.config_checks_spanning import check_spanning
+from circuitflow.config_checks_spanning import check_positions, check_spanning, check_transcoder_files
 from circuitflow.config_dictionaries import DictionarySettings
+from circuitflow.config_diffing import TuningFiles
 from circuitflow.config_error_nodes import WANTED
 from circuitflow.config_model import PathSource, ToySource
 from circuitflow.dictionaries.formats.places import local_files
-from circuitflow.dictionaries.settings import used_settings
+from circuitflow.dictionaries.settings import Settings, check_values, used_settings
 from circuitflow.errors import UserError, nearest
 from circuitflow.models.architectures import ARCHITECTURES, check_site
+from circuitflow.models.fetching import local_files as model_files
 from circuitflow.models.sites import parse_site
 from circuitflow.store.objects import read_manifest
 
@@ -72,21 +74,35 @@ def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_against_model(config: Config, manifest: Path) -> None:
-    """Check the sites against a model that has been prepared before.
+    """Check the sites against a model that has been prepared before, and that of model diffing against a second one.
 
     A model that is not on disk, or was made from another source, is checked by the stage that prepares it, with the
     same sentence.
 
     :raises UserError: the model lacks a site.
     """
+    diffing = config.diffing
+    sites = [*config.sites, *(config.crosscoder.sites if config.crosscoder else [])]
+    sites += [diffing.site] if diffing else []
+    layers = _check_prepared(manifest, config.model.source, sites)
+    if layers is not None:
+        check_transcoder_files(config, layers)
+    if diffing is not None and diffing.model is not None:
+        second = manifest.parents[1] / "diffing" / diffing.name / "model" / "manifest.json"
+        _check_prepared(second, diffing.model, [diffing.site])
+
+
+def _check_prepared(manifest: Path, source: Section, sites: Sequence[str]) -> int | None:
+    """Check sites against a prepared model and give the number of its layers; nothing if it is not there."""
     if not manifest.is_file():
-        return
+        return None
     prepared = read_manifest(manifest, "model")
-    if prepared.provenance["params"]["source"] != config.model.source.model_dump():
-        return
+    if prepared.provenance["params"]["source"] != source.model_dump():
+        return None
     details = prepared.details
-    for site in config.sites:
+    for site in sites:
         check_site(parse_site(site), ARCHITECTURES[details["architecture"]], details["layers"])
+    return int(details["layers"])
 
 
 def _check_names(config: Config) -> None:
@@ -186,7 +202,7 @@ def _check_overrides(config: Config) -> None:
 def _check_dictionaries(config: Config) -> None:
     for site in config.sites:
         _check_dictionary(config.dictionary(site), site)
-        _check_positions(config.dictionary(site), config.corpus.block)
+        _check_positions(config, config.dictionary(site))
 
 
 def _check_contenders(config: Config) -> None:
@@ -200,7 +216,7 @@ def _check_contenders(config: Config) -> None:
         for _, site, settings in found[len(config.sites) :]:
             where_at = f"contender {contender.name} at {site}"
             _check_dictionary(settings, where_at)
-            _check_positions(settings, config.corpus.block, f" of {where_at}")
+            _check_positions(config, settings, f" of {where_at}")
 
 
 def _check_study(config: Config) -> None:
@@ -248,6 +264,7 @@ def _check_dictionary(settings: DictionarySettings, where: str) -> None:
             f"Key dictionaries.prefixes is {prefixes} for {where}; give shares of d_dict in ascending order that end "
             "with 1.0."
         )
+    check_values(Settings.of(used_settings(settings.model_dump())), "dictionaries.")
 
 
 def _check_sizes(config: Config) -> None:
@@ -259,13 +276,8 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def _check_positions(settings: DictionarySettings, block: int, where: str = "") -> None:
-    beyond = [position for position in settings.training.skip_positions if position >= block]
-    if beyond:
-        raise UserError(
-            f"Key dictionaries.training.skip_positions{where} has {beyond[0]}, but a block has {block} positions, 0 to "
-            f"{block - 1} (corpus.block); leave it out."
-        )
+def _check_positions(config: Config, settings: DictionarySettings, where: str = "") -> None:
+    check_positions(settings.training.skip_positions, config.corpus.block, "dictionaries.", where)
 
 
 def _check_stages(config: Config) -> None:
@@ -276,31 +288,47 @@ def _check_stages(config: Config) -> None:
 
 
 def _check_files(config: Config) -> None:
-    files: dict[str, str] = {}
-    if isinstance(config.task.pairs, ImportedPairs):
-        files |= {"task.pairs.train": config.task.pairs.train, "task.pairs.test": config.task.pairs.test}
-    if isinstance(config.model.source, PathSource):
-        files["model.source.path"] = config.model.source.path
-    sources = [
-        (site, settings.source)
-        for _, site, settings in config.every_dictionary()
-        if settings.source is not None
-    ]
-    for _, dictionary in sources:
-        if dictionary.id is None and dictionary.path is not None:
-            files["dictionaries.source.path"] = dictionary.path
-    for key, name in files.items():
+    for key, name in _paths(config):
         if not Path(name).exists():
             siblings = (
                 [entry.name for entry in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
             )
             hint = f"; {nearest(Path(name).name, siblings)}" if siblings else ""
             raise UserError(f"Key {key} names {name}, which does not exist{hint}.")
+    for key, pattern in _patterns(config):
+        if not any(file.is_file() for file in Path().glob(pattern)):
+            raise UserError(f"Key {key} has the pattern {pattern}, which matches no file.")
+    for key, model in config.models().items():
+        model_files(model.model_dump(), key)
+    for _, site, settings in config.every_dictionary():
+        if settings.source is not None:
+            local_files(settings.source.model_dump(), site)
+    check_transcoder_files(config)
+
+
+def _paths(config: Config) -> Iterator[tuple[str, str]]:
+    """Files and folders that the configuration names, after their keys."""
+    if isinstance(config.task.pairs, ImportedPairs):
+        yield "task.pairs.train", config.task.pairs.train
+        yield "task.pairs.test", config.task.pairs.test
+    for key, model in config.models().items():
+        if isinstance(model, PathSource):
+            yield f"{key}.path", model.path
+    sources = [("dictionaries", settings.source) for _, _, settings in config.every_dictionary()]
+    sources += [("transcoders", config.transcoders.source)] if config.transcoders else []
+    for key, source in sources:
+        if source is not None and source.id is None and source.path is not None:
+            yield f"{key}.source.path", source.path
+
+
+def _patterns(config: Config) -> Iterator[tuple[str, str]]:
+    """Patterns of text files, after their keys."""
     for text in config.corpus.sources:
-        if isinstance(text, TextFiles) and not any(Path().glob(text.glob)):
-            raise UserError(f"Key corpus.sources has the pattern {text.glob}, which matches no file.")
-    for site, dictionary in sources:
-        local_files(dictionary.model_dump(), site)
+        if isinstance(text, TextFiles):
+            yield "corpus.sources", text.glob
+    tuned_on = config.diffing.tuning.text if config.diffing and config.diffing.tuning else None
+    if isinstance(tuned_on, TuningFiles):
+        yield "diffing.tuning.text.glob", tuned_on.glob
 
 
 def _sentence(error: ValidationError, where: list[str]) -> str:

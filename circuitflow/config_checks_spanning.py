@@ -1,8 +1,15 @@
 """Checks of the sections on transcoders, attribution graphs, crosscoders and model diffing."""
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 from circuitflow.config import Config, TextPairs
 from circuitflow.config_model import ToySource
+from circuitflow.dictionaries.formats.places import local_files
+from circuitflow.dictionaries.settings import Settings, check_values
 from circuitflow.errors import UserError
+from circuitflow.models.depth import known_layers
 from circuitflow.models.sites import parse_site
 
 
@@ -10,7 +17,8 @@ def check_spanning(config: Config, folders_of_stages: set[str]) -> None:
     """Check what dictionaries that span sites, and what is made of them, ask for.
 
     :param folders_of_stages: names under results/{model} that stages write to.
-    :raises UserError: a name is taken, a site or layer is beyond the model, or a section lacks another.
+    :raises UserError: a name is taken, a site or layer is beyond the model, a setting cannot be, or a section lacks
+        another.
     """
     _check_names(config, folders_of_stages)
     if config.graphs is not None and config.transcoders is None:
@@ -19,6 +27,10 @@ def check_spanning(config: Config, folders_of_stages: set[str]) -> None:
             "(docs/graphs.md shows how)."
         )
     _check_depth(config)
+    for key, values in _settings(config):
+        settings = Settings.of(values)
+        check_values(settings, key)
+        check_positions(settings.training.skip_positions, config.corpus.block, key)
     if config.diffing is not None:
         parse_site(config.diffing.site)
         tuning = config.diffing.tuning
@@ -27,6 +39,47 @@ def check_spanning(config: Config, folders_of_stages: set[str]) -> None:
                 "Key diffing.tuning.text.kind is task, but task.pairs.kind is text, whose contexts have no answers to "
                 "train on; choose files, bundled or hub."
             )
+
+
+def check_positions(positions: Sequence[int], block: int, key: str, where: str = "") -> None:
+    """Check positions of a block that training leaves out.
+
+    :param key: the section and a dot, for messages; ``where`` says more of the dictionary.
+    :raises UserError: a block has no such position.
+    """
+    beyond = [position for position in positions if position >= block]
+    if beyond:
+        raise UserError(
+            f"Key {key}training.skip_positions{where} has {beyond[0]}, but a block has {block} positions, 0 to "
+            f"{block - 1} (corpus.block); leave it out."
+        )
+
+
+def check_transcoder_files(config: Config, layers: int | None = None) -> None:
+    """Check that pretrained transcoders on disk are there, one for each layer.
+
+    :param layers: how many the model has, where that is known; by default as the configuration tells.
+    :raises UserError: they are not.
+    """
+    section = config.transcoders
+    if section is None or section.kind != "pretrained":
+        return
+    layers = layers or known_layers(config.model.source.model_dump(), Path("none"))
+    wanted = section.layers if section.layers is not None else range(layers or 0)
+    for site, source in section.sources(list(wanted)).items():
+        local_files(source, site)
+
+
+def _settings(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What shapes each dictionary, after the key of its section and a dot."""
+    if config.transcoders is not None:
+        yield "transcoders.", config.transcoders.of_layer()
+        for layer in config.transcoders.overrides:
+            yield f"transcoders.overrides.{layer}.", config.transcoders.of_layer(layer)
+    if config.crosscoder is not None:
+        yield "crosscoder.", config.crosscoder.settings()
+    if config.diffing is not None:
+        yield "diffing.", config.diffing.settings()
 
 
 def _check_names(config: Config, folders_of_stages: set[str]) -> None:

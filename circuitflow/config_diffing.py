@@ -57,8 +57,8 @@ class TuningSection(Section):
     """Optimisation steps."""
     batch: Positive = 8
     """Blocks per step."""
-    block: Positive = 128
-    """Tokens per block."""
+    block: int = Field(default=128, ge=2)
+    """Tokens per block, no more than the model takes at once."""
     learning_rate: float = Field(default=1.0e-4, gt=0)
     """Peak learning rate of AdamW; it rises over the first tenth of the steps and falls to zero along a line."""
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -80,7 +80,7 @@ class DiffingSection(SpanningSettings):
     site: str
     """The site of both models, e.g. resid.12."""
     model: Annotated[HubSource | PathSource | WheelSource, Field(discriminator="kind")] | None = None
-    """The second model; it has the same tokenizer and the same width at the site."""
+    """The second model, of the same tokenizer, the same width at the site and the same model.architecture."""
     tuning: TuningSection | None = None
     """Or how it is made of the run's own."""
     kind: Literal["batchtopk", "topk", "jumprelu", "relu"] = "batchtopk"
@@ -110,8 +110,6 @@ class DiffingSection(SpanningSettings):
             )
         if not self.shared[0] < self.shared[1]:
             raise ValueError("the two bounds of shared should ascend, as in [0.3, 0.7]")
-        if self.kind in ("topk", "batchtopk") and self.k > self.d_dict:
-            raise ValueError(f"k is {self.k}, more than d_dict, which is {self.d_dict}; lower k")
         return self
 
     def settings(self) -> dict[str, Any]:

@@ -61,12 +61,15 @@ class ToySource(Section):
     """Optimisation steps; 0 leaves the weights random."""
 
 
+ModelSource = WheelSource | HubSource | PathSource | ToySource
+
+
 class ModelSection(Section):
     """Which language model."""
 
     name: Name
     """Folder under results/."""
-    source: Annotated[WheelSource | HubSource | PathSource | ToySource, Field(discriminator="kind")]
+    source: Annotated[ModelSource, Field(discriminator="kind")]
     """Where the weights come from."""
     architecture: str = "auto"
     """"auto", or the architecture the model must have."""

@@ -1,5 +1,6 @@
 """The configuration's sections about dictionaries that span sites: transcoders, cross-layer ones, and crosscoders."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -86,13 +87,22 @@ class TranscodersSection(TranscoderSettings):
         if self.architecture == "cross_layer" and self.overrides:
             raise ValueError("overrides are of single transcoders; those of cross_layer are trained together")
         for values in self.overrides.values():
-            self._merged(values)
+            if (self._merged(values)["kind"] == "pretrained") != (self.kind == "pretrained"):
+                raise ValueError("overrides cannot make some layers pretrained and train the others")
         _check_kind(self, self.architecture)
         return self
 
-    def of_layer(self, layer: int) -> dict[str, Any]:
-        """What shapes the transcoder of a layer, or the cross-layer transcoder."""
-        return _used(self._merged(self.overrides.get(layer, {})), self.architecture)
+    def of_layer(self, layer: int | None = None) -> dict[str, Any]:
+        """What shapes the transcoder of a layer, by default one without overrides, or the cross-layer transcoder."""
+        over = {} if layer is None else self.overrides.get(layer, {})
+        return _used(self._merged(over), self.architecture)
+
+    def sources(self, layers: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """Where pretrained ones of these layers come from, by the site that is read; a cross-layer one comes once."""
+        if self.kind != "pretrained":
+            return {}
+        first = layers[:1] if self.architecture == "cross_layer" else layers
+        return {f"mlp_in.{layer}": self.of_layer(layer)["source"] for layer in first}
 
     def _merged(self, over: dict[str, Any]) -> dict[str, Any]:
         values = self.model_dump(include=set(TranscoderSettings.model_fields))
@@ -132,8 +142,6 @@ def _used(values: dict[str, Any], architecture: str) -> dict[str, Any]:
 
 def _check_kind(section: SpanningSettings, architecture: str) -> None:
     values = section.model_dump()
-    if values["kind"] in ("topk", "batchtopk") and values["k"] > values["d_dict"]:
-        raise ValueError(f"k is {values['k']}, more than d_dict, which is {values['d_dict']}; lower k")
     if architecture != "crosscoder" and section.training.resample_every is not None:
         raise ValueError("training.resample_every draws new features from what is written back; null it here")
     try:

@@ -52,6 +52,7 @@ rule score_nodes:
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=30,
+        gpu=GPU,
     params:
         site=lambda wildcards: wildcards.site,
         method=lambda wildcards: wildcards.method,

@@ -40,6 +40,7 @@ elif DIFFED:
 
     rule prepare_second_model:
         input:
+            model=f"{MODEL}/model/manifest.json",
             files=SECOND_FILES,
         output:
             manifest=SECOND_MODEL,
@@ -54,12 +55,12 @@ elif DIFFED:
             runtime=60,
         params:
             source=DIFFED.model.model_dump(),
-            architecture="auto",
-            code=code("prepare_model"),
+            architecture=CFG.model.architecture,
+            code=code("prepare_second_model"),
         message:
             "Make the second model ready"
         script:
-            "../workflow_scripts/prepare_model.py"
+            "../workflow_scripts/prepare_second_model.py"
 
 
 if DIFF_SITE not in SITES:

@@ -29,7 +29,7 @@ TUNING_PAIRS = (
     f"{BASE}/pairs/train.jsonl" if TUNED_BY and TUNED_BY.text.kind == "task" else []
 )
 SECOND_FILES = (
-    [str(file) for file in model_files(DIFFED.model.model_dump())]
+    [str(file) for file in model_files(DIFFED.model.model_dump(), "diffing.model")]
     if DIFFED and DIFFED.model
     else []
 )

@@ -51,6 +51,7 @@ rule describe_differences:
     resources:
         mem_mb=lambda wildcards, attempt: 6000 * attempt,
         runtime=60,
+        gpu=GPU,
     params:
         **CFG.features.model_dump(include={"contexts", "window", "logits"}),
         **diff_settings("top"),

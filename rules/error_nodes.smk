@@ -45,6 +45,7 @@ rule measure_components:
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=30,
+        gpu=GPU,
     params:
         sites=SITES,
         bootstrap=CFG.evaluation.bootstrap,
@@ -124,6 +125,7 @@ rule decompose_errors:
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=60,
+        gpu=GPU,
     params:
         sites=SITES,
         ridge=CFG.error_nodes.ridge,

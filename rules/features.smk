@@ -19,6 +19,7 @@ rule describe_features:
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=60,
+        gpu=GPU,
     params:
         **CFG.features.model_dump(exclude={"top"}),
         top=max(CFG.features.top, CFG.edges.pool),

@@ -1,8 +1,8 @@
 """Make one store of the activations of two models."""
 
-from circuitflow.diffing.joining import join_activations
+from circuitflow.diffing.joining import arrays_read, join_activations
 from circuitflow.jobs import run_stage
 
 if "snakemake" in globals():
-    site = [snakemake.params.site]
-    run_stage(snakemake, join_activations, kind="store", arrays={"base": site, "tuned": site})
+    read = arrays_read(dict(snakemake.params.items()))
+    run_stage(snakemake, join_activations, kind="store", arrays=read)

@@ -59,10 +59,10 @@ class BatchTopK:
         nested = nested_reconstruction(codes, weights, x, ends, x if y is None else y)
         *partial, reconstruction = nested.losses
         auxiliary = self.aux.add_to(nested.gradients, -nested.residual, weights, x, context)
-        fired = torch.zeros_like(context.dead)
-        fired[codes.features] = True
         loss = sum(partial, auxiliary)
-        return Step(nested.gradients, fired, reconstruction, loss, codes.nnz, tracked, nested.cotangent)
+        return Step(
+            nested.gradients, codes.fired(), reconstruction, loss, codes.nnz, tracked, nested.cotangent
+        )
 
     def open(self, weights: Weights, x: Float[Tensor, "batch d_in"], context: Context) -> Opened:
         """Encode and decode one batch, without nested prefixes."""

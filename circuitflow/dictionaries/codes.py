@@ -34,6 +34,12 @@ class Codes:
         """Active features per vector (its L0)."""
         return self.offsets.diff()
 
+    def fired(self) -> Bool[Tensor, " d_dict"]:
+        """Features with an entry in any vector."""
+        found = torch.zeros(self.d_dict, dtype=torch.bool, device=self.features.device)
+        found[self.features] = True
+        return found
+
     def rows(self) -> Int64[Tensor, " nnz"]:
         """The vector that each entry belongs to."""
         index = torch.arange(self.n, device=self.offsets.device)

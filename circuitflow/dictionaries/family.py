@@ -63,10 +63,7 @@ class Family:
         """
         found: dict[str, Tensor] = {}
         for member, own in zip(self.members, codes, strict=True):
-            given = None if x is None or member.W_skip is None else read_by(member, x)
-            decoded = member.decode(own, given)
-            for site, part in zip(member.writes, decoded.split(site_width(member), dim=1), strict=True):
-                found[site] = found[site] + part if site in found else part
+            add_written(found, member, own, x)
         return {site: found[site] for site in self.writes}
 
     def decoder(self, member: int, site: str) -> Float[Tensor, "d_dict d"]:
@@ -103,24 +100,56 @@ def read_by(dictionary: Dictionary, x: Mapping[str, Float[Tensor, "n d"]]) -> Fl
     return torch.cat([x[site] for site in dictionary.reads], dim=1)
 
 
+def add_written(
+    found: dict[str, Tensor],
+    dictionary: Dictionary,
+    codes: Codes,
+    x: Mapping[str, Float[Tensor, "n d"]] | None = None,
+) -> None:
+    """Add what a dictionary writes to each of its sites, bias and skip connection included, to what is there so far.
+
+    :param x: the vectors that were encoded; needed by a skip connection alone.
+    :raises ValueError: there is a skip connection and no ``x``.
+    """
+    given = None if x is None or dictionary.W_skip is None else read_by(dictionary, x)
+    decoded = dictionary.decode(codes, given)
+    for site, part in zip(dictionary.writes, decoded.split(site_width(dictionary), dim=1), strict=True):
+        found[site] = found[site] + part if site in found else part
+
+
 def load_family(paths: Sequence[Path]) -> Family:
     """Read a family from manifests, of one member or of several, or straight from safetensors files.
 
-    :raises UserError: no path, a file is missing or damaged, or two members write one site in different widths.
+    :raises UserError: no path, a file is missing or damaged, or the members cannot be one family.
     """
     if not paths:
         raise UserError("No dictionary was named; name at least one manifest or safetensors file.")
-    members = [load_dictionary(file) for path in paths for file in member_files(Path(path))]
-    members.sort(key=lambda member: tuple(map(depth, member.reads)))
+    files = [(path, file) for path in paths for file in member_files(Path(path))]
+    return family_of([(str(path), load_dictionary(file)) for path, file in files])
+
+
+def family_of(named: Sequence[tuple[str, Dictionary]]) -> Family:
+    """A family of dictionaries, each with the file that it is from, in order of depth.
+
+    :raises UserError: two read the same sites, or write one site in different widths.
+    """
+    ordered = sorted(named, key=lambda one: tuple(map(depth, one[1].reads)))
+    files: dict[tuple[str, ...], str] = {}
     widths: dict[str, int] = {}
-    for member in members:
+    for file, member in ordered:
+        if member.reads in files:
+            raise UserError(
+                f"{files[member.reads]} and {file} both read {', '.join(member.reads)}: what they write would add up; "
+                "name one dictionary for each site."
+            )
+        files[member.reads] = file
         for site in member.writes:
             if widths.setdefault(site, site_width(member)) != site_width(member):
                 raise UserError(
                     f"Dictionaries write {site} in widths {widths[site]} and {site_width(member)}; use dictionaries "
                     "of one model."
                 )
-    return Family(tuple(members))
+    return Family(tuple(member for _, member in ordered))
 
 
 def member_files(path: Path) -> list[Path]:

@@ -76,9 +76,7 @@ class JumpReLU:
             steps = torch.where(near.values < own + self.bandwidth / 2, own * dvalue + slope / x.shape[0], 0)
             dthreshold = -sums_by_feature(near, steps) / self.bandwidth
             gradients["log_threshold"] = PACE * threshold * dthreshold
-            fired = torch.zeros_like(context.dead)
-            fired[codes.features] = True
-            return Part(gradients, fired, x.new_tensor(penalty), codes.nnz)
+            return Part(gradients, codes.fired(), x.new_tensor(penalty), codes.nnz)
 
         return Opened(decoded, close)
 

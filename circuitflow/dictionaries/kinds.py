@@ -22,7 +22,7 @@ from circuitflow.dictionaries.jumprelu import JumpReLU
 from circuitflow.dictionaries.objective import Member, Objective
 from circuitflow.dictionaries.relu import ReLU
 from circuitflow.dictionaries.saturating import Saturating
-from circuitflow.dictionaries.settings import CROSS_LAYER, SPANNING, USED, Settings
+from circuitflow.dictionaries.settings import CROSS_LAYER, SPANNING, Settings, check_values
 from circuitflow.dictionaries.topk import AuxK, TopK
 from circuitflow.dictionaries.trainer import FIRST_ENCODER_SCALE
 from circuitflow.dictionaries.wiring import Wiring
@@ -218,34 +218,9 @@ def check_request(request: Request) -> None:
         raise UserError(
             f"Kind {settings.kind!r} is for one site alone, not for {request.site}; {nearest(settings.kind, SPANNING)}."
         )
-    used = USED[settings.kind][0]
-    if "d_dict" in used and settings.d_dict < 1:
-        raise UserError(f"Key d_dict is {settings.d_dict}; choose the number of features, at least 1.")
-    if "k" in used:
-        _check_k(settings)
-    if "prefixes" in used:
+    check_values(settings)
+    if settings.kind == "matryoshka":
         _check_prefixes(settings)
-    for key in ("penalty", "target_l0", "bandwidth", "first_threshold", "saturation"):
-        value = getattr(settings, key)
-        if (key in used or key == "saturation") and value is not None and not value > 0:
-            raise UserError(f"Key {key} is {value}; choose a number above 0, or null for the default.")
-    if "target_l0" in used and (settings.target_l0 or 0) > settings.d_dict:
-        raise UserError(
-            f"Key target_l0 is {settings.target_l0}, more than d_dict, which is {settings.d_dict}; lower it."
-        )
-
-
-def _check_k(settings: Settings) -> None:
-    if not 1 <= settings.k <= settings.d_dict:
-        raise UserError(
-            f"Key k is {settings.k}; choose a number from 1 to d_dict, which is {settings.d_dict}."
-        )
-    start = settings.training.k_start
-    if start is not None and not settings.k <= start <= settings.d_dict:
-        raise UserError(
-            f"Key training.k_start is {start}; choose a number from k, which is {settings.k}, to d_dict, which is "
-            f"{settings.d_dict}."
-        )
 
 
 def _check_prefixes(settings: Settings) -> None:

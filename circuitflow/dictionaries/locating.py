@@ -10,8 +10,8 @@ import torch
 
 from circuitflow.dictionaries.crosscoding import Crosscoder, decoder_norms, load_crosscoder, spread_of
 from circuitflow.dictionaries.geometry import paired_cosines
-from circuitflow.dictionaries.normalisation import measure_normalisation
-from circuitflow.dictionaries.rows import open_rows
+from circuitflow.dictionaries.normalisation import Moments
+from circuitflow.dictionaries.rows import open_sites, read_together
 from circuitflow.jobs import Output, progress
 from circuitflow.store.tables import write_table
 
@@ -20,9 +20,9 @@ def locate_features(inputs: Mapping[str, Path], params: Mapping[str, Any], out: 
     """STAGE. Norms of decoder rows by site, and how features are spread over sites.
 
     Inputs ``crosscoder`` (manifest), ``activations`` (store with its sites). Params ``rows`` (training tokens, spread
-    evenly), ``compute``. Outputs ``features`` (one row a feature: ``density``, ``peak`` site, ``centre``, ``effective``
-    sites, and the cosine of its rows at neighbouring sites) and ``norms`` (one row a feature and site: ``norm`` in
-    units of the site's spread, ``share`` of its squared norm).
+    evenly), ``compute``. Outputs ``features`` (one row a feature: ``density``, ``peak`` site, ``centre`` in numbers of
+    the sites, ``effective`` sites, and the cosine of its rows at neighbouring sites) and ``norms`` (one row a feature
+    and site: ``norm`` in units of the site's spread, ``share`` of its squared norm).
     """
     crosscoder = load_crosscoder(inputs["crosscoder"])
     density, scales = _measured(
@@ -70,19 +70,16 @@ def _measured(
     crosscoder: Crosscoder, activations: Path, count: int, device: str
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Share of tokens on which each feature fires, and each site's spread, over training rows without outliers."""
-    rows = {site: open_rows(activations, site) for site in crosscoder.sites}
-    first = rows[crosscoder.sites[0]]
-    dictionary = crosscoder.dictionary.to(device)
-    keep = first.spread(~first.held_out & ~np.isin(first.positions, dictionary.skip.positions), count)
-    fired, tokens, wanted = np.zeros(dictionary.d_dict), 0, keep.copy()
-    for parts in zip(*(rows[site].read(wanted) for site in crosscoder.sites), strict=True):
-        index = parts[0][0]
-        x = torch.cat([vectors for _, vectors in parts], dim=1).to(device)
-        outlier = dictionary.skip.mask(x, index % first.block).cpu()
-        keep[index[outlier].numpy()] = False
-        codes = dictionary.encode(x, index % first.block)
+    rows = open_sites(activations, crosscoder.sites)
+    first, dictionary = rows[0], crosscoder.dictionary.to(device)
+    wanted = first.spread(~first.held_out & ~np.isin(first.positions, dictionary.skip.positions), count)
+    fired, tokens, moments = np.zeros(dictionary.d_dict), 0, [Moments() for _ in rows]
+    for index, x in read_together(rows, wanted, dictionary.skip, device):
+        codes = dictionary.encode(torch.cat(x, dim=1), index % first.block)
         fired += np.bincount(codes.features.cpu().numpy(), minlength=dictionary.d_dict)
-        tokens += int((~outlier).sum())
+        for of_site, vectors in zip(moments, x, strict=True):
+            of_site.add(vectors)
+        tokens += len(index)
         progress("tokens encoded", tokens, int(wanted.sum()))
-    scales = {site: measure_normalisation(rows[site], keep).scale for site in crosscoder.sites}
-    return fired / max(tokens, 1), scales
+    scales = [of_site.normalisation().scale for of_site in moments]
+    return fired / tokens, dict(zip(crosscoder.sites, scales, strict=True))

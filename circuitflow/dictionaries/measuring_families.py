@@ -1,6 +1,6 @@
 """The stage ``measure_family``: dictionaries that span sites on held-out text, by themselves and inside the model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from circuitflow.dictionaries.family import Family, load_family, read_by, site_w
 from circuitflow.dictionaries.measuring import held_out_batches
 from circuitflow.dictionaries.quality import HIGH_FREQUENCY, Draws, Sums, intervals, ratio
 from circuitflow.dictionaries.replacing import CONVENTIONS, Replacements
-from circuitflow.dictionaries.rows import SiteRows, open_sites
+from circuitflow.dictionaries.rows import SiteRows, open_sites, read_together
 from circuitflow.jobs import Output, progress
 from circuitflow.models.loading import load_model
 from circuitflow.models.sites import depth_order, parse_site
@@ -179,20 +179,13 @@ def _measure(family: Family, rows: Sequence[SiteRows]) -> FamilyQuality:
     first = rows[0]
     held_out, device = first.held_out_blocks, family.members[0].W_dec.device
     quality, total, done = FamilyQuality(family, len(held_out)), int(first.held_out.sum()), 0
-    for index, x in _chunks(rows):
+    for index, vectors in read_together(rows, first.held_out, device=device, chunk_rows=CHUNK_ROWS):
         block = torch.from_numpy(np.searchsorted(held_out, index.numpy() // first.block))
-        on_device = {site: vectors.to(device) for site, vectors in x.items()}
-        quality.add(on_device, (index % first.block).to(device), block.to(device))
+        x = {one.site: part for one, part in zip(rows, vectors, strict=True)}
+        quality.add(x, (index % first.block).to(device), block.to(device))
         done += len(index)
         progress("held-out tokens", done, total)
     return quality
-
-
-def _chunks(rows: Sequence[SiteRows]) -> Iterator[tuple[Int64[Tensor, " n"], dict[str, Tensor]]]:
-    """Held-out rows of all sites, a chunk at a time."""
-    reads = [one.read(one.held_out, CHUNK_ROWS) for one in rows]
-    for parts in zip(*reads, strict=True):
-        yield parts[0][0], {one.site: x for one, (_, x) in zip(rows, parts, strict=True)}
 
 
 def _replacement_lines(family: Family, inputs: Mapping[str, Any], params: Mapping[str, Any]) -> list[Line]:

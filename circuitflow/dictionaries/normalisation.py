@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitflow.dictionaries.rows import SiteRows
+from circuitflow.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,36 @@ def _spread(values: Sequence[float], each: Sequence[Normalisation]) -> Tensor:
     )
 
 
-def measure_normalisation(rows: SiteRows, keep: np.ndarray) -> Normalisation:
-    """Mean and root mean squared distance from it over the kept rows, summed in float64."""
-    total = torch.zeros(rows.width, dtype=torch.float64)
-    squares = 0.0
-    for _, x in rows.read(keep):
+@dataclass
+class Moments:
+    """Sums over vectors in float64, from which their normalisation follows."""
+
+    n: int = 0
+    total: Float[Tensor, " d"] | float = 0.0
+    squares: float = 0.0
+
+    def add(self, x: Float[Tensor, "n d"]) -> None:
+        """Add vectors."""
         wide = x.double()
-        total += wide.sum(dim=0)
-        squares += float(wide.square().sum())
-    n = int(keep.sum())
-    mean = total / n
-    variance = squares / n - float(mean.square().sum())
-    return Normalisation(mean.float(), max(variance, 1e-30) ** 0.5)
+        self.n += len(wide)
+        self.total = self.total + wide.sum(dim=0)
+        self.squares += float(wide.square().sum())
+
+    def normalisation(self) -> Normalisation:
+        """Mean and root mean squared distance from it.
+
+        :raises UserError: no vector was added.
+        """
+        if not self.n:
+            raise UserError("Every token is an outlier for this dictionary; raise its outlier_ratio.")
+        mean = torch.as_tensor(self.total) / self.n
+        variance = self.squares / self.n - float(mean.square().sum())
+        return Normalisation(mean.float(), max(variance, 1e-30) ** 0.5)
+
+
+def measure_normalisation(rows: SiteRows, keep: np.ndarray) -> Normalisation:
+    """Of the kept rows."""
+    moments = Moments()
+    for _, x in rows.read(keep):
+        moments.add(x)
+    return moments.normalisation()

@@ -67,9 +67,7 @@ class ReLU:
             gradients["W_dec"] += (
                 share.repeat_interleave(cotangent.shape[1] // self.sites, 1) * weights["W_dec"]
             )
-            fired = torch.zeros_like(context.dead)
-            fired[codes.features] = True
-            return Part(gradients, fired, weight * (sums @ norms), codes.nnz)
+            return Part(gradients, codes.fired(), weight * (sums @ norms), codes.nnz)
 
         return Opened(decoded, close)
 

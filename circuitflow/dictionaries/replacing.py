@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from circuitflow.dictionaries.codes import Codes, decode_codes
 from circuitflow.dictionaries.dictionary import Dictionary
-from circuitflow.dictionaries.family import Family, read_by, site_width
+from circuitflow.dictionaries.family import Family, add_written, read_by
 from circuitflow.dictionaries.splicing import Splice, compared, run_with, wanted
 from circuitflow.models.running import Change, LanguageModel, run
 from circuitflow.models.sites import parse_site
@@ -32,25 +31,6 @@ CONVENTIONS = {
 def by_token(value: Float[Tensor, "batch pos d"]) -> Float[Tensor, "n d"]:
     """Vectors of all tokens in one list."""
     return value.flatten(0, 1)
-
-
-def written(
-    family: Family, site: str, codes: Mapping[int, Codes], x: Mapping[str, Float[Tensor, "n d"]]
-) -> Float[Tensor, "n d"]:
-    """What the members whose codes are given write to a site, biases and skip connections included."""
-    total: Tensor | None = None
-    for number, own in codes.items():
-        member = family.members[number]
-        if site not in member.writes:
-            continue
-        width, at = site_width(member), member.writes.index(site)
-        part = slice(at * width, (at + 1) * width)
-        added = decode_codes(own, member.W_dec[:, part].contiguous()) + member.b_dec[part]
-        if member.W_skip is not None:
-            added = added + read_by(member, x).to(added.dtype) @ member.W_skip[part].T
-        total = added if total is None else total + added
-    assert total is not None, f"no member writes {site}"
-    return total
 
 
 def owner(family: Family, site: str) -> Dictionary:
@@ -80,14 +60,12 @@ class Replacements:
         end, dtype = wanted(plain.last), family.members[0].W_dec.dtype
         x = {site: by_token(plain.sites[site]).to(dtype) for site in family.reads}
         positions = torch.arange(tokens.shape[1], device=lm.device).repeat(len(tokens))
-        codes = {m: member.encode(read_by(member, x), positions) for m, member in enumerate(family.members)}
+        made = family.reconstruct(family.encode(x, positions), x)
         replaced: dict[str, Tensor] = {}
         for site in family.writes:
-            own = plain.sites[site]
-            replaced[site] = (
-                ~owner(family, site).skip.mask(read_by(owner(family, site), x), positions)
-            ).view(*tokens.shape, 1)
-            value = written(family, site, codes, x).view_as(own).to(own.dtype)
+            own, first = plain.sites[site], owner(family, site)
+            replaced[site] = ~first.skip.mask(read_by(first, x), positions).view(*tokens.shape, 1)
+            value = made[site].view_as(own).to(own.dtype)
             ends = [
                 _end(lm, tokens, mask, site, torch.where(replaced[site], new, own), plain.sites)
                 for new in (value, torch.zeros_like(own))
@@ -121,14 +99,16 @@ def all_replaced(
     """
     positions = torch.arange(tokens.shape[1], device=lm.device).repeat(len(tokens))
     x: dict[str, Tensor] = {}
-    codes: dict[int, Codes] = {}
+    made: dict[str, Tensor] = {}
+    encoded: set[int] = set()
 
     def record(site: str) -> Change:
         def change(value: Tensor) -> Tensor:
             x[site] = by_token(value).to(family.members[0].W_dec.dtype)
             for m, member in enumerate(family.members):
-                if m not in codes and all(name in x for name in member.reads):
-                    codes[m] = member.encode(read_by(member, x), positions)
+                if m not in encoded and all(name in x for name in member.reads):
+                    encoded.add(m)
+                    add_written(made, member, member.encode(read_by(member, x), positions), x)
             return value
 
         return change
@@ -137,9 +117,7 @@ def all_replaced(
         def change(value: Tensor) -> Tensor:
             member = owner(family, site)
             skipped = member.skip.mask(read_by(member, x), positions).view(*tokens.shape, 1)
-            new = (
-                torch.zeros_like(value) if zero else written(family, site, codes, x).view_as(value).to(value)
-            )
+            new = torch.zeros_like(value) if zero else made[site].view_as(value).to(value)
             return torch.where(skipped, value, new)
 
         return change

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from circuitflow.dictionaries.dictionary import NO_SKIP, Skip
 from circuitflow.errors import UserError
 from circuitflow.store.arrays import Store, open_store
 
@@ -61,6 +62,25 @@ class SiteRows:
             else []
         ] = True
         return mask
+
+
+def read_together(
+    rows: Sequence[SiteRows],
+    wanted: np.ndarray,
+    skip: Skip = NO_SKIP,
+    device: torch.device | str = "cpu",
+    chunk_rows: int = CHUNK_ROWS,
+) -> Iterator[tuple[Int64[Tensor, " n"], tuple[Float[Tensor, "n d"], ...]]]:
+    """Row numbers and the vectors of each of several sites of one store, a chunk at a time, in order.
+
+    :param skip: rule of the vectors of all sites side by side; rows that it skips are left out.
+    """
+    for parts in zip(*(one.read(wanted, chunk_rows) for one in rows), strict=True):
+        index, x = parts[0][0], tuple(vectors.to(device) for _, vectors in parts)
+        if skip != NO_SKIP:
+            kept = ~skip.mask(torch.cat(x, dim=1), index % rows[0].block)
+            index, x = index[kept.cpu()], tuple(vectors[kept] for vectors in x)
+        yield index, x
 
 
 def open_rows(manifest: Path, site: str) -> SiteRows:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitflow.dictionaries.codes import Codes
 from circuitflow.dictionaries.folding import unit_rows
 from circuitflow.dictionaries.gradients import (
     Weights,
@@ -99,7 +98,7 @@ class Saturating:
             auxiliary = weight * height.sum() + self._revive(gradients, weights, x, context.dead, dnorm)
             tiny = torch.finfo(norms.dtype).tiny
             gradients["W_dec"] += (dnorm / norms.clamp_min(tiny))[:, None] * weights["W_dec"]
-            return Part(gradients, _fired(codes, context.dead), auxiliary, codes.nnz)
+            return Part(gradients, codes.fired(), auxiliary, codes.nnz)
 
         return Opened(decoded, close)
 
@@ -131,9 +130,3 @@ class Saturating:
             gradients["log_threshold"].index_add_(0, features, PACE * threshold * pulls * counts)
         dnorm.index_add_(0, features, weight * missed)
         return pulls @ missed
-
-
-def _fired(codes: Codes, dead: Bool[Tensor, " d_dict"]) -> Bool[Tensor, " d_dict"]:
-    fired = torch.zeros_like(dead)
-    fired[codes.features] = True
-    return fired

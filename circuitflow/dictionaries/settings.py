@@ -200,6 +200,40 @@ def used_family_settings(values: Mapping[str, Any], architecture: str) -> dict[s
     return used
 
 
+def check_values(settings: Settings, where: str = "") -> None:
+    """Check the values of a known kind, each by itself and against d_dict.
+
+    :param where: the configuration's section and a dot, for messages.
+    :raises UserError: one cannot be.
+    """
+    used = USED[settings.kind][0]
+    if "d_dict" in used and settings.d_dict < 1:
+        raise UserError(f"Key {where}d_dict is {settings.d_dict}; choose the number of features, at least 1.")
+    if "k" in used:
+        _check_k(settings, where)
+    for key in ("penalty", "target_l0", "bandwidth", "first_threshold", "saturation"):
+        value = getattr(settings, key)
+        if (key in used or key == "saturation") and value is not None and not value > 0:
+            raise UserError(f"Key {where}{key} is {value}; choose a number above 0, or null for the default.")
+    if "target_l0" in used and (settings.target_l0 or 0) > settings.d_dict:
+        raise UserError(
+            f"Key {where}target_l0 is {settings.target_l0}, more than d_dict, which is {settings.d_dict}; lower it."
+        )
+
+
+def _check_k(settings: Settings, where: str) -> None:
+    if not 1 <= settings.k <= settings.d_dict:
+        raise UserError(
+            f"Key {where}k is {settings.k}; choose a number from 1 to d_dict, which is {settings.d_dict}."
+        )
+    start = settings.training.k_start
+    if start is not None and not settings.k <= start <= settings.d_dict:
+        raise UserError(
+            f"Key {where}training.k_start is {start}; choose a number from k, which is {settings.k}, to d_dict, which "
+            f"is {settings.d_dict}."
+        )
+
+
 def _of(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     names = [field.name for field in fields(cls)]
     for key in values:

@@ -123,8 +123,6 @@ def opened(
     def close(residual: Tensor, cotangent: Tensor) -> Part:
         gradients = weight_gradients(codes, pull(cotangent), x, cotangent)
         auxiliary = aux.add_to(gradients, residual.neg_(), weights, x, context)
-        fired = torch.zeros_like(context.dead)
-        fired[codes.features] = True
-        return Part(gradients, fired, auxiliary, codes.nnz, tracked or {})
+        return Part(gradients, codes.fired(), auxiliary, codes.nnz, tracked or {})
 
     return Opened(decoded, close)

@@ -25,7 +25,7 @@ from circuitflow.dictionaries.objective import Finished, Objective, Step
 from circuitflow.dictionaries.preparing import PREPARED_FILE, Prepared, prepare
 from circuitflow.dictionaries.reconstruction import finished_members, quality
 from circuitflow.dictionaries.resampling import Resampling
-from circuitflow.dictionaries.rows import SiteRows, open_rows
+from circuitflow.dictionaries.rows import SiteRows, open_rows, read_together
 from circuitflow.dictionaries.settings import Settings
 from circuitflow.dictionaries.state import (
     STATE_FILE,
@@ -233,10 +233,7 @@ class TrainingRun:
         wanted = first.spread(
             first.held_out & ~np.isin(first.positions, self._prepared.positions), HELD_OUT_ROWS
         )
-        parts = []
-        for chunks in zip(*(one.read(wanted) for one in rows), strict=True):
-            x = torch.cat([part for _, part in chunks], dim=1)
-            parts.append(x[~self._prepared.skip.mask(x, chunks[0][0] % first.block)])
+        parts = [torch.cat(x, dim=1) for _, x in read_together(rows, wanted, self._prepared.skip)]
         if not parts or not len(x := torch.cat(parts)):
             raise UserError(
                 f"Every held-out token at {self._request.site} is an outlier; raise outlier_ratio or corpus.held_out."

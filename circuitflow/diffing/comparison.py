@@ -20,7 +20,9 @@ from circuitflow.dictionaries.crosscoding import (
     relative_norm,
 )
 from circuitflow.dictionaries.geometry import paired_cosines
-from circuitflow.dictionaries.rows import SiteRows, open_rows
+from circuitflow.dictionaries.normalisation import Moments
+from circuitflow.dictionaries.quality import Sums as Reconstructions
+from circuitflow.dictionaries.rows import SiteRows, open_sites, read_together
 from circuitflow.diffing.joining import MODELS
 from circuitflow.diffing.scaling import Ratios, Sums, gather, intervals, ratios
 from circuitflow.errors import UserError
@@ -40,9 +42,9 @@ CONVENTIONS = {
     "nu_error": "latent scaling: share of the feature's own part that the other model's error holds along its "
     "direction",
     "nu_reconstruction": "the same for what other features reconstruct in the other model, relative to the whole "
-    "reconstruction in the model that has the feature",
+    "reconstruction, the feature's own part included, in the model that has the feature",
     "verdict": "of exclusive features: shrunk if nu_error reaches its bound, decoupled if nu_reconstruction does, "
-    "unknown if the feature fires too rarely to tell, exclusive otherwise",
+    "exclusive if both intervals end below the bounds, unknown otherwise (what is measured does not tell)",
     "carried": "mean of f²·(‖d_base‖² + ‖d_tuned‖²), in units of the vectors' mean squares",
     "fvu": "of each model, on held-out tokens without outliers",
     "intervals": "95 %, bootstrap over groups of blocks",
@@ -82,13 +84,16 @@ class Measured:
     scales: Mapping[str, float]
 
 
-def measure(crosscoder: Crosscoder, rows: Mapping[str, SiteRows], count: int, device: str) -> Measured:
+def measure(crosscoder: Crosscoder, rows: Sequence[SiteRows], count: int, device: str) -> Measured:
     """Read ``count`` training rows without outliers twice: for means and scales, and for what the ratios need."""
-    first = rows[crosscoder.sites[0]]
-    wanted = first.spread(
-        ~first.held_out & ~np.isin(first.positions, crosscoder.dictionary.skip.positions), count
-    )
-    means, scales = _normalisation(crosscoder, rows, wanted, device)
+    first, sites, skip = rows[0], crosscoder.sites, crosscoder.dictionary.skip
+    wanted = first.spread(~first.held_out & ~np.isin(first.positions, skip.positions), count)
+    moments = {site: Moments() for site in sites}
+    for _, x in read_together(rows, wanted, skip, device):
+        for of_site, part in zip(moments.values(), x, strict=True):
+            of_site.add(part)
+    each = {site: of_site.normalisation() for site, of_site in moments.items()}
+    scales = {site: one.scale for site, one in each.items()}
     norms = decoder_norms(crosscoder, scales).cpu().numpy()
     owner = (norms[:, 1] > norms[:, 0]).astype(np.int64)
     blocks = len(first.positions) // first.block
@@ -96,14 +101,16 @@ def measure(crosscoder: Crosscoder, rows: Mapping[str, SiteRows], count: int, de
 
     def batches() -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         done = 0
-        for index, x in _joint(crosscoder, rows, wanted, device):
+        for index, x in read_together(rows, wanted, skip, device):
             of = index // first.block * groups // blocks
             for group in of.unique():
                 here = of == group
-                yield int(group), (index % first.block)[here], {site: part[here] for site, part in x.items()}
+                part = {site: vectors[here] for site, vectors in zip(sites, x, strict=True)}
+                yield int(group), (index % first.block)[here], part
             done += len(index)
             progress("tokens compared", done, int(wanted.sum()))
 
+    means = {site: one.mean for site, one in each.items()}
     sums = gather(crosscoder, batches(), means, scales, owner, groups)
     return Measured(sums, norms, owner, scales)
 
@@ -138,37 +145,35 @@ def feature_columns(
         "nu_reconstruction_low": bounds["reconstruction"][0],
         "nu_reconstruction_high": bounds["reconstruction"][1],
         "strength": found.strength,
-        "verdict": verdicts(classes, found, params["error_ratio"], params["reconstruction_ratio"]),
+        "verdict": verdicts(classes, found, bounds, params["error_ratio"], params["reconstruction_ratio"]),
     }
 
 
-def verdicts(classes: np.ndarray, found: Ratios, error: float, reconstruction: float) -> np.ndarray:
-    """What the check says of each exclusive feature, one of :data:`VERDICTS`; empty for the others."""
-    known = np.isfinite(found.error) & np.isfinite(found.reconstruction)
-    cases = [~known, found.error >= error, found.reconstruction >= reconstruction]
-    said = np.select(cases, ["unknown", "shrunk", "decoupled"], "exclusive")
+def verdicts(
+    classes: np.ndarray, found: Ratios, bounds: Mapping[str, np.ndarray], error: float, reconstruction: float
+) -> np.ndarray:
+    """What the check says of each exclusive feature, one of :data:`VERDICTS`; empty for the others.
+
+    One ratio is enough to refute it. To bear it out the upper ends of both intervals have to lie below the bounds.
+    """
+    below = (bounds["error"][1] < error) & (bounds["reconstruction"][1] < reconstruction)
+    cases = [found.error >= error, found.reconstruction >= reconstruction, below]
+    said = np.select(cases, ["shrunk", "decoupled", "exclusive"], "unknown")
     return np.where(np.isin(classes, ("base", "tuned")), said, "").astype(object)
 
 
-def held_out_fvu(crosscoder: Crosscoder, rows: Mapping[str, SiteRows], device: str) -> list[float]:
+def held_out_fvu(crosscoder: Crosscoder, rows: Sequence[SiteRows], device: str) -> list[float]:
     """FVU = Σ‖x − x̂‖² / Σ‖x − x̄‖² of each model on held-out tokens without outliers, with one global mean."""
-    first = rows[crosscoder.sites[0]]
-    wanted = first.held_out & ~np.isin(first.positions, crosscoder.dictionary.skip.positions)
-    n, residual, squares = 0, [0.0, 0.0], [0.0, 0.0]
-    totals = [torch.zeros(rows[site].width, dtype=torch.float64, device=device) for site in crosscoder.sites]
-    for index, x in _joint(crosscoder, rows, wanted, device):
-        n += len(index)
-        codes = crosscoder.dictionary.encode(torch.cat([*x.values()], dim=1), index % first.block)
-        decoded = crosscoder.dictionary.decode(codes)
-        for place, (site, part) in enumerate(x.items()):
-            wide = part.double()
-            residual[place] += float((wide - crosscoder.part(decoded, site)).square().sum())
-            squares[place] += float(wide.square().sum())
-            totals[place] += wide.sum(dim=0)
-    return [
-        left / max(square - float(total.square().sum()) / max(n, 1), 1e-30)
-        for left, square, total in zip(residual, squares, totals, strict=True)
-    ]
+    first, dictionary = rows[0], crosscoder.dictionary
+    wanted = first.held_out & ~np.isin(first.positions, dictionary.skip.positions)
+    sums = [Reconstructions(1) for _ in rows]
+    for index, x in read_together(rows, wanted, dictionary.skip, device):
+        codes = dictionary.encode(torch.cat(x, dim=1), index % first.block)
+        decoded, one = dictionary.decode(codes), torch.zeros(len(index), dtype=torch.int64, device=device)
+        for site, part, of_site in zip(crosscoder.sites, x, sums, strict=True):
+            center = crosscoder.part(dictionary.b_dec[None], site)[0]
+            of_site.add(part, crosscoder.part(decoded, site), codes.counts(), center, one)
+    return [of_site.values()["fvu"] for of_site in sums]
 
 
 def summary_of(
@@ -199,44 +204,11 @@ def summary_of(
     }
 
 
-def _rows_of(crosscoder: Crosscoder, activations: Path, site: str) -> dict[str, SiteRows]:
+def _rows_of(crosscoder: Crosscoder, activations: Path, site: str) -> tuple[SiteRows, ...]:
     wanted = tuple(f"{name}:{site}" for name in MODELS)
     if crosscoder.sites != wanted:
         raise UserError(
             f"The crosscoder reads {', '.join(crosscoder.sites)}, but {', '.join(wanted)} are to be compared; train it "
             "on the joint store of both models."
         )
-    return {name: open_rows(activations, name) for name in wanted}
-
-
-def _joint(
-    crosscoder: Crosscoder, rows: Mapping[str, SiteRows], wanted: np.ndarray, device: str
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Row numbers and vectors of both models, a chunk at a time; outliers are left out."""
-    readers = [rows[site].read(wanted) for site in crosscoder.sites]
-    block = rows[crosscoder.sites[0]].block
-    for parts in zip(*readers, strict=True):
-        index = parts[0][0]
-        x = [vectors.to(device) for _, vectors in parts]
-        kept = ~crosscoder.dictionary.skip.mask(torch.cat(x, dim=1), index % block)
-        yield index[kept.cpu()], {site: part[kept] for site, part in zip(crosscoder.sites, x, strict=True)}
-
-
-def _normalisation(
-    crosscoder: Crosscoder, rows: Mapping[str, SiteRows], wanted: np.ndarray, device: str
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Mean and root mean square distance from it at each site, in float64."""
-    totals: dict[str, Tensor] = {}
-    squares = dict.fromkeys(crosscoder.sites, 0.0)
-    n = 0
-    for index, x in _joint(crosscoder, rows, wanted, device):
-        n += len(index)
-        for site, part in x.items():
-            wide = part.double()
-            totals[site] = totals.get(site, 0.0) + wide.sum(dim=0)
-            squares[site] += float(wide.square().sum())
-    if not n:
-        raise UserError("Every token is an outlier for the crosscoder; raise diffing.training.outlier_ratio.")
-    means = {site: total / n for site, total in totals.items()}
-    variance = {site: squares[site] / n - float(mean.square().sum()) for site, mean in means.items()}
-    return means, {site: max(value, 1e-30) ** 0.5 for site, value in variance.items()}
+    return open_sites(activations, wanted)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from circuitflow.dictionaries.crosscoding import CLASSES, load_crosscoder
+from circuitflow.dictionaries.crosscoding import CLASSES, Crosscoder, load_crosscoder
 from circuitflow.diffing.joining import BASE, TUNED
-from circuitflow.features.contexts import CONVENTIONS, Reader, add_text, open_text
+from circuitflow.features.contexts import CONVENTIONS, Reader, add_text, name_logits, open_text
 from circuitflow.features.firing import rounded
-from circuitflow.features.logit_weights import extremes, logit_weights
+from circuitflow.features.logit_weights import listed_logits
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_model
+from circuitflow.models.loading import load_model, load_tokenizer
+from circuitflow.models.sites import bare
 from circuitflow.store.files import write_json
 from circuitflow.store.tables import read_table
 
@@ -29,34 +30,27 @@ def describe_differences(inputs: Mapping[str, Path], params: Mapping[str, Any], 
     Inputs ``model_base``, ``model_tuned``, ``crosscoder`` (manifests), ``activations`` (joint store), ``corpus``,
     ``features`` (table of compare_models). Params ``top`` (features of each class), ``contexts`` (per feature),
     ``window``, ``logits`` (tokens listed per side), ``compute``. Output ``descriptions``.
+
+    Each model is in memory only while its features' logits are listed, and not at all if none is its own.
     """
     device = params["compute"]["device"]
     crosscoder = load_crosscoder(inputs["crosscoder"])
     table = read_table(inputs["features"])
     chosen = chosen_features(table, params["top"])
     described = [_entry(table, feature) for feature in chosen]
-    lm = None
     for name, manifest in ((BASE, "model_base"), (TUNED, "model_tuned")):
-        lm = load_model(inputs[manifest], device=device)
-        site = next(site for site in crosscoder.sites if site.startswith(f"{name}:"))
-        own = [place for place, entry in enumerate(described) if OWNERS[entry["class"]] == name]
-        directions = crosscoder.decoder(site)[
-            torch.tensor([chosen[place] for place in own], dtype=torch.int64)
-        ]
-        for place, weights in zip(own, logit_weights(lm, directions.to(device)), strict=True):
-            described[place]["logits"] = extremes(weights, params["logits"])
-            described[place]["logits_of"] = name
-    assert lm is not None
+        own = [entry for entry in described if OWNERS[entry["class"]] == name]
+        if own:
+            _add_logits(own, name, crosscoder, inputs[manifest], params)
+    text = open_text(crosscoder.sites, inputs["activations"], inputs["corpus"])
     reader = Reader(
         ", ".join(crosscoder.sites),
         crosscoder.dictionary.to(device),
         torch.tensor(chosen, dtype=torch.int64, device=device),
-        lm.tokenizer,
-        int(lm.hf.config.vocab_size),
+        load_tokenizer(inputs["model_tuned"]),
+        int(text.tokens.max()) + 1,
     )
-    for entry in described:
-        entry["logits"] = {side: reader.named(tokens) for side, tokens in entry["logits"].items()}
-    text = open_text(crosscoder.sites, inputs["activations"], inputs["corpus"])
+    name_logits(described, reader)
     tokens = add_text(described, reader, text, params)
     conventions = {name: CONVENTIONS[name] for name in ("fires_on", "contexts", "histogram", "logits")}
     value = {"sites": crosscoder.sites, "tokens": tokens, "conventions": conventions, "features": described}
@@ -74,6 +68,23 @@ def chosen_features(table: Mapping[str, np.ndarray], top: int) -> list[int]:
         order = np.lexsort((here, -table["carried"][here], doubtful))
         chosen += table["feature"][here[order][:top]].tolist()
     return chosen
+
+
+def _add_logits(
+    described: list[dict[str, Any]],
+    name: str,
+    crosscoder: Crosscoder,
+    manifest: Path,
+    params: Mapping[str, Any],
+) -> None:
+    """The tokens that features promote by one model's unembedding; the model is gone afterwards."""
+    site = next(site for site in crosscoder.sites if site.startswith(f"{name}:"))
+    rows = crosscoder.decoder(site)[torch.tensor([entry["feature"] for entry in described])]
+    lm = load_model(manifest, device=params["compute"]["device"])
+    logits = listed_logits(lm, bare(site), rows.to(lm.device), params["logits"])
+    for entry, found in zip(described, logits, strict=True):
+        if found:
+            entry.update(found, logits_of=name)
 
 
 def _entry(table: Mapping[str, np.ndarray], feature: int) -> dict[str, Any]:

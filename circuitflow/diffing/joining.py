@@ -22,6 +22,11 @@ BASE, TUNED = "base", "tuned"
 MODELS = (BASE, TUNED)
 
 
+def arrays_read(params: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The arrays that :func:`join_activations` reads of each store; the others may change."""
+    return {name: [params["site"]] for name in MODELS}
+
+
 def join_activations(inputs: Mapping[str, Path], params: Mapping[str, Any], out: Output) -> None:
     """STAGE. One store with the arrays ``base:{site}`` and ``tuned:{site}``, rows of the same tokens side by side.
 
@@ -58,11 +63,7 @@ def joint_layout(stores: Mapping[str, Store], site: str) -> Layout:
     :raises UserError: the stores differ in anything but their values.
     """
     base, tuned = (stores[name] for name in MODELS)
-    if base.shape(site)[1:] != tuned.shape(site)[1:]:
-        raise UserError(
-            f"The second model (diffing.model) is {tuned.shape(site)[1]} wide at {site}, but the run's is "
-            f"{base.shape(site)[1]}; a crosscoder needs models of one width."
-        )
+    check_widths(base.shape(site)[1], tuned.shape(site)[1], site)
     same = (base.rows, base.layout.shard_rows, base.attrs) == (
         tuned.rows,
         tuned.layout.shard_rows,
@@ -82,12 +83,28 @@ def check_tokenizers(base: Path, tuned: Path) -> None:
 
     :raises UserError: they do not.
     """
-    first, second = (load_tokenizer(manifest).get_vocab() for manifest in (base, tuned))
+    check_vocabularies(*(load_tokenizer(manifest).get_vocab() for manifest in (base, tuned)))
+
+
+def check_vocabularies(first: Mapping[str, int], second: Mapping[str, int]) -> None:
+    """:func:`check_tokenizers` of tokens with their numbers."""
     differing = {word for word, number in first.items() if second.get(word) != number}
     if differing:
         raise UserError(
             f"The second model (diffing.model) has another tokenizer: {len(differing)} of {len(first)} tokens differ, "
             f"for example {min(differing)!r}; compare models that share one."
+        )
+
+
+def check_widths(base: int, tuned: int, site: str) -> None:
+    """The second model must be as wide at the site as the first.
+
+    :raises UserError: it is not.
+    """
+    if base != tuned:
+        raise UserError(
+            f"The second model (diffing.model) is {tuned} wide at {site}, but the run's is {base}; a crosscoder needs "
+            "models of one width."
         )
 
 

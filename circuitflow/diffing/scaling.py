@@ -6,11 +6,12 @@ against what is there: with d, its direction in the model that has it, and a tar
 
     β(y) = argmin over β, c of Σ ‖β·f·d + c − y‖² = cov(f, d·y) / (‖d‖² · var f),
 
-once for y = x − x̂ with the feature's own part put back (the error) and once for y = x̂ without that part (what other
-features reconstruct). ν = β in the other model / β in the one that has it. Of a feature that is exclusive, the other
-model's error holds nothing (ν_error near 0); the other model's reconstruction has nothing of it either
-(ν_reconstruction near 0, whose denominator is the feature with all that goes along with it). The intercept c, which the
-paper has not, keeps means from counting. Everything is in units of each model's own spread.
+once for the error, y = x − x̂ with the feature's own part put back, and once for the reconstruction: y = x̂ in the model
+that has the feature, and x̂ without the feature's own part (what other features reconstruct) in the other. ν = β in the
+other model / β in the one that has it. Of a feature that is exclusive, the other model's error holds nothing (ν_error
+near 0), and neither does its reconstruction (ν_reconstruction near 0). The intercept c, which the paper has not, keeps
+means from counting; the paper leaves the own part in the other model's reconstruction too. Everything is in units of
+each model's own spread.
 """
 
 from collections.abc import Iterable, Mapping

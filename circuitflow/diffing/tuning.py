@@ -51,9 +51,11 @@ def fine_tune_model(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     ``steps``, ``batch``, ``block``, ``learning_rate``, ``layers`` (null: all weights), ``held_out``, ``seed``,
     ``compute``.
 
-    :raises UserError: too little text, a layer that the model lacks, or a loss that stops being finite.
+    :raises UserError: too little text, blocks too long for the model, a layer that it lacks, or a loss that stops being
+        finite.
     """
     lm = load_model(inputs["model"], "float32", params["compute"]["device"])
+    check_block(params["block"], lm.hf.config)
     pairs = inputs.get("pairs") or None
     blocks = tuning_blocks(params["text"], inputs.get("files") or [], pairs, lm.tokenizer, params)
     recipe = digest(canonical_json([dict(params), out.provenance]))
@@ -179,6 +181,18 @@ class _Tuning:
             state = self._optimizer.state[weight]
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
         save_state(self._folder, tensors, self._done, log, self._recipe)
+
+
+def check_block(block: int, config: Any) -> None:
+    """Blocks are no longer than what the model was made for; learned position embeddings end there.
+
+    :raises UserError: they are longer.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and block > most:
+        raise UserError(
+            f"Key diffing.tuning.block is {block}, but the model takes at most {most} tokens at once; lower it."
+        )
 
 
 def learned_weights(lm: LanguageModel, layers: list[int] | None) -> dict[str, nn.Parameter]:

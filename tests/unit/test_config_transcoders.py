@@ -47,6 +47,18 @@ def test_pretrained_ones_keep_their_source_and_the_outlier_rule():
     assert set(found["training"]) == {"outlier_ratio", "skip_positions"}
 
 
+def test_sources_are_those_of_layers_and_come_once_where_layers_belong_together():
+    source, other = ({"format": "circuit_tracer", "path": path} for path in ("files", "others"))
+    single = section(kind="pretrained", source=source, overrides={3: {"source": other}}).sources([1, 3])
+    assert {site: found["path"] for site, found in single.items()} == {
+        "mlp_in.1": "files",
+        "mlp_in.3": "others",
+    }
+    across = section(kind="pretrained", source=source, architecture="cross_layer")
+    assert list(across.sources([1, 3])) == ["mlp_in.1"]
+    assert section().sources([1]) == {}
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -56,7 +68,10 @@ def test_pretrained_ones_keep_their_source_and_the_outlier_rule():
         ({"layers": [1, 1]}, "layers should name each layer once"),
         ({"architecture": "cross_layer", "overrides": {0: {"k": 3}}}, "trained together"),
         ({"overrides": {0: {"kk": 3}}}, "kk"),
-        ({"k": 9, "d_dict": 8}, "k is 9, more than d_dict"),
+        (
+            {"overrides": {0: {"kind": "pretrained", "source": {"format": "decoder", "path": "x"}}}},
+            "pretrained",
+        ),
         ({"kind": "gated"}, "kind"),
         ({"training": {"resample_every": 10}}, "training.resample_every"),
     ],

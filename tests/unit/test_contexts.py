@@ -14,9 +14,10 @@ from circuitflow.dictionaries.dictionary import NO_SKIP, Dictionary, Skip, save_
 from circuitflow.features import contexts
 from circuitflow.features.contexts import describe_features
 from circuitflow.features.firing import BestPlaces, Firing, Strengths, TokenTally
-from circuitflow.features.logit_weights import logit_weights
+from circuitflow.features.logit_weights import extremes, in_stream, listed_logits, logit_weights
 from circuitflow.features.tokens import distinct, token_text, visible
 from circuitflow.jobs import Output
+from circuitflow.models.running import run
 from circuitflow.store.tables import write_table
 from tests.fixtures.activation_store import write_store
 
@@ -197,6 +198,31 @@ def test_logit_weights_are_the_derivative_of_the_logits(random_lm, architecture)
     found = logit_weights(lm, direction[None])[0]
     assert torch.allclose(found.double(), derivative - derivative.mean(), atol=1e-4)
     assert not torch.allclose(found.double(), torch.zeros_like(derivative), atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_directions_at_z_go_through_the_output_projection(random_lm, architecture):
+    lm = random_lm(architecture)
+    direction = torch.randn(lm.width("z.1"), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens = torch.tensor([[1, 2, 3]])
+
+    def added(z):
+        replace = {"z.1": lambda value: z.expand_as(value)}
+        return run(lm, tokens, torch.ones_like(tokens, dtype=torch.bool), replace=replace, capture=["attn.1"])
+
+    found = in_stream(lm, "z.1", direction[None])[0].double()
+    moved = (added(direction).sites["attn.1"] - added(0 * direction).sites["attn.1"])[0, 0]
+    if architecture == "gemma2":  # a norm follows: up to its scale
+        moved = moved * (found.norm() / moved.norm())
+    torch.testing.assert_close(found, moved, rtol=1e-4, atol=1e-5)
+    listed = listed_logits(lm, "z.1", direction[None], 3)
+    assert listed[0]["logits"] == extremes(logit_weights(lm, found[None])[0], 3)
+
+
+def test_directions_that_add_nothing_to_the_stream_have_no_logits(random_lm):
+    rows = torch.eye(16)[:2]
+    assert listed_logits(random_lm(), "mlp_in.1", rows, 3) == [{}, {}]
+    assert in_stream(random_lm(), "resid.1", rows) is rows
 
 
 def test_listed_logits_are_the_extremes(tmp_path, toy_manifest, toy_lm):

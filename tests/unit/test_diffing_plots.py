@@ -73,6 +73,8 @@ def test_the_figure_counts_what_is_in_the_table() -> None:
     assert "Are exclusive features missing in the other model? (n = 4)" in text  # one is unknown
     assert "first (held-out FVU 0.012)" in text.replace("\n", " ")
     assert "2 silent features left out" in text.replace("\n", " ")
+    unknown = "1 exclusive feature of which a ratio is unknown left out at the lower left"
+    assert unknown in text.replace("\n", " ")
 
 
 def test_ratios_beyond_the_axes_stand_at_their_ends() -> None:
@@ -86,7 +88,7 @@ def test_ratios_beyond_the_axes_stand_at_their_ends() -> None:
 def test_tables_without_exclusive_or_shared_features_say_so() -> None:
     table = features()
     only = {name: column[:12] for name, column in table.items()}
-    assert "no exclusive feature that fires often enough" in words(drawn(only))
+    assert "no exclusive feature whose two ratios are known" in words(drawn(only))
     none = {name: column[12:17] for name, column in table.items()}
     assert "no shared feature" in words(drawn(none))
 

@@ -8,6 +8,8 @@ import torch
 
 from circuitflow.dictionaries.dictionary import Dictionary, Skip, load_dictionary, save_dictionary
 from circuitflow.dictionaries.family import Family, load_family, save_family
+from circuitflow.dictionaries.formats.families import read_family, write_family
+from circuitflow.dictionaries.formats.registry import write_dictionary
 from circuitflow.dictionaries.wiring import Wiring, cross_layer, crosscoder, transcoder
 from circuitflow.errors import UserError
 from circuitflow.models.sites import in_depth_order
@@ -95,6 +97,30 @@ def test_families_survive_their_files(cross: Family, tmp_path: Path):
     assert load_dictionary(tmp_path / "single" / "weights.safetensors").writes == ("mlp.0", "mlp.1")
     with pytest.raises(UserError, match="No dictionary was named"):
         load_family([])
+
+
+def test_two_members_that_read_one_site_are_refused(cross: Family, tmp_path: Path):
+    first, second = tmp_path / "a" / "mlp_in.1.safetensors", tmp_path / "b" / "mlp_in.1.safetensors"
+    for path in (first, second):
+        save_dictionary(path, cross.members[1])
+    with pytest.raises(UserError, match=rf"{first} and {second} both read mlp_in\.1.*; name one dictionary"):
+        load_family([first, second])
+    with pytest.raises(UserError, match=r"both read mlp_in\.1"):
+        read_family("circuitflow", tmp_path)
+    for name in ("e", "f"):
+        write_dictionary("circuit_tracer", tmp_path / "c" / name, cross.members[1])
+    with pytest.raises(UserError, match=r"e/layer_1\.safetensors and .*f/layer_1\.safetensors both read"):
+        read_family("circuit_tracer", tmp_path / "c")
+    with pytest.raises(UserError, match=r"d/mlp_in\.1\.safetensors has been written already: two"):
+        write_family("circuitflow", tmp_path / "d", Family(cross.members[1:] * 2))
+
+
+def test_checkpoints_are_no_members(cross: Family, tmp_path: Path):
+    save_family(tmp_path, cross)
+    save_family(tmp_path / "checkpoints" / "step_5", cross)
+    save_dictionary(tmp_path / "checkpoints" / "step_7.safetensors", cross.members[1])
+    assert len(read_family("circuitflow", tmp_path).members) == 2
+    assert len(read_family("circuitflow", tmp_path / "checkpoints" / "step_5").members) == 2
 
 
 def test_sites_of_two_models_keep_the_order_of_their_names():

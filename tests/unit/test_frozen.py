@@ -1,11 +1,14 @@
 """The frozen model of one prompt: its written-out backward is the true model's, with patterns and scales held."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from circuitflow.errors import UserError
 from circuitflow.models.architectures import ARCHITECTURES
 from circuitflow.models.attention import ATTENTION
+from circuitflow.models.attention_weights import frozen_norm, norms
 from circuitflow.models.frozen import FrozenPrompt
 from circuitflow.models.linear import LINEAR, linearised
 from circuitflow.models.running import run
@@ -94,6 +97,17 @@ def test_float32_agrees_with_float64(random_lm):
     found = single.pull_attention(1, G.float())
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), exact.pull_attention(1, G), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "added"), [("llama", 0.0), ("gemma2", 1.0), ("gemma3_text", 1.0)])
+def test_norms_of_bfloat16_models_keep_their_weights(random_lm, architecture, added):
+    """Gemma multiplies by 1 + weight in float32."""
+    norm = deepcopy(norms(random_lm(architecture, dtype="bfloat16"), 0).before_mlp)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.01, 0.3, 16))
+        found = frozen_norm(norm, torch.randn(3, 16), torch.float32)
+    assert found.weight.dtype == torch.float32
+    assert torch.allclose(found.weight, norm.weight.float() + added, rtol=1e-5)
 
 
 def test_an_empty_prompt_is_refused(random_lm):

@@ -1,6 +1,7 @@
 """Stores of two models as one: the same shard files under two names, read like any other store."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from circuitflow.diffing.joining import join_activations, joint_layout
+from circuitflow.diffing.joining import arrays_read, check_vocabularies, join_activations, joint_layout
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
 from circuitflow.store.arrays import open_store
-from circuitflow.store.objects import Manifest
+from circuitflow.store.objects import Manifest, ObjectFolder, Recipe, content_of
+from circuitflow.store.repair import repair, verify
 from circuitflow.store.shuffle import ROW, ShuffledRows
 from tests.fixtures.activation_store import write_store
 
@@ -85,6 +87,48 @@ def test_a_damaged_shard_is_not_spread(tmp_path: Path, inputs: dict[str, Path]) 
         joined(tmp_path, inputs)
 
 
+def test_a_lost_shard_is_repaired_whatever_became_of_other_arrays(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    manifest = kept(tmp_path, inputs)
+    file = shard(manifest, f"base:{SITE}", 1)
+    file.unlink()
+    rows = open_store(inputs["base"]).read(SITE)
+    wider = write_store(tmp_path, "wider", {SITE: rows, "resid.0": rows}, [7], 48)
+    inputs["base"].write_bytes(wider.read_bytes())
+    (done,) = repair(manifest)
+    assert done.file == file
+    assert verify(manifest) == []
+    assert file.samefile(shard(inputs["base"], SITE, 1))
+
+
+def test_a_store_of_other_values_repairs_nothing(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    manifest = kept(tmp_path, inputs)
+    shard(manifest, f"base:{SITE}", 1).unlink()
+    other = write_store(tmp_path, "other", {SITE: np.ones((128, 6), np.float32)}, [7], 48)
+    inputs["base"].write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"Input 'base' .* has changed"):
+        repair(manifest)
+
+
+def test_damage_of_both_names_of_a_file_is_repaired_at_the_source_first(
+    tmp_path: Path, inputs: dict[str, Path]
+) -> None:
+    manifest = kept(tmp_path, inputs)
+    source, file = shard(inputs["tuned"], SITE, 1), shard(manifest, f"tuned:{SITE}", 1)
+    sound = source.read_bytes()
+    file.write_bytes(sound[:10] + bytes([sound[10] ^ 1]) + sound[11:])
+    assert source.read_bytes() != sound
+    with pytest.raises(UserError, match=r"circuitflow verify --repair .*tuned/manifest"):
+        repair(manifest)
+    source.unlink()  # as the repair of that store does, which makes a new file
+    source.write_bytes(sound)
+    assert len(verify(manifest)) == 1
+    repair(manifest)
+    assert verify(manifest) == []
+    assert file.samefile(source)
+
+
 def test_stores_that_do_not_belong_together_are_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:
     rows = np.zeros((128, 6), np.float32)
     cases = {
@@ -112,6 +156,36 @@ def test_another_tokenizer_is_refused(
     )
     with pytest.raises(UserError, match="another tokenizer: 1 of 2 tokens differ, for example 'b'"):
         joined(tmp_path, inputs)
+
+
+def test_a_larger_vocabulary_is_accepted_and_a_smaller_one_refused() -> None:
+    first = {"a": 0, "b": 1}
+    check_vocabularies(first, {"a": 0, "b": 1, "<chat>": 2})
+    with pytest.raises(UserError, match="1 of 3 tokens differ, for example '<chat>'"):
+        check_vocabularies({**first, "<chat>": 2}, first)
+
+
+def kept(root: Path, inputs: dict[str, Path]) -> Path:
+    """Run the stage as a job does, with what a repair needs; gives the manifest."""
+    params = {"site": SITE}
+    read = arrays_read(params)
+    contents = {name: content_of(path, read.get(name, ())) for name, path in inputs.items()}
+    recipe = Recipe("join_activations", params, contents, "code")
+    with ObjectFolder(root, recipe) as folder:
+        out = Output(folder.path, {}, {})
+        join_activations(inputs, params, out)
+        assert out.content is not None
+        folder.finish(out.content, out.details)
+    sources = {name: os.path.relpath(path, root) for name, path in inputs.items()}
+    manifest = root / "kept" / "manifest.json"
+    provenance = {**recipe.as_dict(), "versions": {}}
+    Manifest("store", recipe.fingerprint, out.content, provenance, out.details, sources).write(manifest)
+    return manifest
+
+
+def shard(manifest: Path, array: str, index: int) -> Path:
+    store = open_store(manifest)
+    return store.layout.file(store.folder, array, index)
 
 
 def _json(path: Path) -> Any:

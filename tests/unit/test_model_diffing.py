@@ -1,6 +1,7 @@
 """Crosscoders of two models: planted shared and exclusive features, L1's false ones found, tables and descriptions."""
 
 import json
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from circuitflow.dictionaries.crosscoding import load_crosscoder
-from circuitflow.dictionaries.dictionary import Dictionary, save_dictionary
+from circuitflow.dictionaries.crosscoding import Crosscoder, load_crosscoder
+from circuitflow.dictionaries.dictionary import Dictionary, Skip, save_dictionary
+from circuitflow.dictionaries.rows import open_sites
 from circuitflow.dictionaries.settings import used_family_settings
 from circuitflow.dictionaries.spanning import train_family
 from circuitflow.dictionaries.wiring import crosscoder
-from circuitflow.diffing.comparison import compare_models, verdicts
+from circuitflow.diffing import describing
+from circuitflow.diffing.comparison import compare_models, held_out_fvu, verdicts
 from circuitflow.diffing.describing import chosen_features, describe_differences
 from circuitflow.diffing.scaling import Ratios
 from circuitflow.errors import UserError
+from circuitflow.features.logit_weights import logit_weights
 from circuitflow.jobs import Output
-from circuitflow.store.tables import read_table
+from circuitflow.models.loading import load_model
+from circuitflow.store.tables import read_table, write_table
 from tests.fixtures.activation_store import write_store
 
 SITE = "resid.1"
@@ -155,15 +160,44 @@ def test_a_crosscoder_of_other_sites_is_refused(trained: Callable[[str], Any], t
         )
 
 
-def test_verdicts_by_hand() -> None:
-    classes = np.array(["base", "tuned", "tuned", "shared", "base", ""], object)
-    found = Ratios(
-        error=np.array([0.0, 0.5, 0.1, 0.9, np.nan, 0.0]),
-        reconstruction=np.array([0.1, 0.9, 0.6, 0.9, 0.0, 0.0]),
-        strength=np.ones(6),
-    )
-    said = verdicts(classes, found, error=0.2, reconstruction=0.5)
-    assert said.tolist() == ["exclusive", "shrunk", "decoupled", "", "unknown", ""]
+@pytest.mark.parametrize(
+    ("error", "reconstruction", "reach", "said"),
+    [
+        (0.0, 0.1, 0.05, "exclusive"),
+        (0.5, 0.9, 0.05, "shrunk"),
+        (0.1, 0.6, 0.05, "decoupled"),
+        (0.6, np.nan, 0.05, "shrunk"),  # one ratio is enough
+        (np.nan, 0.6, 0.05, "decoupled"),
+        (np.nan, 0.0, 0.05, "unknown"),
+        (0.0, np.nan, 0.05, "unknown"),
+        (0.05, 0.1, 0.9, "unknown"),  # small by chance, perhaps: the intervals reach beyond the bounds
+    ],
+)
+def test_verdicts_by_hand(error: float, reconstruction: float, reach: float, said: str) -> None:
+    ratios = {"error": np.full(4, error), "reconstruction": np.full(4, reconstruction)}
+    bounds = {name: np.stack([values - reach, values + reach]) for name, values in ratios.items()}
+    classes = np.array(["base", "tuned", "shared", ""], object)
+    found = verdicts(classes, Ratios(**ratios, strength=np.ones(4)), bounds, error=0.2, reconstruction=0.5)
+    assert found.tolist() == [said, said, "", ""]
+
+
+def test_held_out_fvu_by_hand(tmp_path: Path) -> None:
+    """One feature a + b, written to the first model alone, with an outlier rule."""
+    rng = np.random.default_rng(0)
+    a, b = 2 * rng.standard_normal((2, 4 * BLOCK, 1)).astype(np.float32)
+    store = write_store(tmp_path, "joint", {NAMES[0]: a, NAMES[1]: b}, [1, 3], 16, BLOCK)
+    rows, zeros = torch.tensor([[1.0, 1.0]]), torch.zeros(1)
+    dictionary = Dictionary(
+        "relu", NAMES, NAMES, "threshold", rows, zeros, torch.tensor([[1.0, 0.0]]), torch.zeros(2),
+        Skip((0,), max_norms=(3.0, 2.0)), extra={"threshold": zeros},
+    )  # fmt: skip
+    found = held_out_fvu(Crosscoder(dictionary, NAMES), open_sites(store, NAMES), "cpu")
+    place = np.arange(4 * BLOCK)
+    kept = (place // BLOCK % 2 == 1) & (place % BLOCK > 0) & (abs(a[:, 0]) <= 3) & (abs(b[:, 0]) <= 2)
+    assert 10 < kept.sum() < 26
+    a, b = a[kept], b[kept]
+    missed = np.square(a - np.maximum(a + b, 0)).sum() / np.square(a - a.mean()).sum()
+    assert found == pytest.approx([missed, np.square(b).sum() / np.square(b - b.mean()).sum()], rel=1e-5)
 
 
 def test_features_to_describe_come_by_class_and_what_they_carry() -> None:
@@ -178,34 +212,41 @@ def test_features_to_describe_come_by_class_and_what_they_carry() -> None:
     assert chosen_features(table, 9) == [2, 3, 5, 0, 1]
 
 
-def test_descriptions_have_contexts_and_the_tokens_of_the_right_model(
-    trained: Callable[[str], Any], tmp_path: Path, toy_manifest: Callable[..., Path]
-) -> None:
-    """Planted vectors of the toy's width beside its words: feature i fires on word i."""
-    blocks, width = 8, 32
+def words_and_vectors(folder: Path, model: Path, site: str = SITE) -> dict[str, Path]:
+    """Planted vectors of the toy's width beside its words: feature i fires on word i. Compared already."""
+    blocks, width, names = 8, 32, (f"base:{site}", f"tuned:{site}")
     words = np.random.default_rng(0).integers(3, 9, (blocks, BLOCK)).astype(np.int32)
     documents = np.repeat(np.arange(blocks, dtype=np.int32)[:, None], BLOCK, axis=1)
     x = (words.ravel()[:, None] == np.arange(width)).astype(np.float32)
-    activations = write_store(
-        tmp_path, "joint", {NAMES[0]: x, NAMES[1]: x * (np.arange(width) != 4)}, [7], 64, BLOCK
-    )
-    corpus = write_store(tmp_path, "corpus", {"tokens": words, "documents": documents}, [7], 4)
+    vectors = {names[0]: x, names[1]: x * (np.arange(width) != 4)}
     inputs = {
-        "model_base": toy_manifest(),
-        "model_tuned": toy_manifest(),
-        "crosscoder": _coordinates(tmp_path, width),
-        "activations": activations,
-        "corpus": corpus,
-        "features": tmp_path / "features.parquet",
+        "model_base": model,
+        "model_tuned": model,
+        "crosscoder": _coordinates(folder, width, names),
+        "activations": write_store(folder, "joint", vectors, [7], 64, BLOCK),
+        "corpus": write_store(folder, "corpus", {"tokens": words, "documents": documents}, [7], 4),
+        "features": folder / "features.parquet",
     }
-    files = {"features": inputs["features"], "summary": tmp_path / "summary.json"}
-    compare_models(inputs, {**PARAMS, "rows": 1000}, Output(tmp_path, files, {}))
-    assert read_table(inputs["features"])["class"][[3, 4]].tolist() == ["shared", "base"]
+    files = {"features": inputs["features"], "summary": folder / "summary.json"}
+    compare_models(inputs, {**PARAMS, "site": site, "rows": 1000}, Output(folder, files, {}))
+    return inputs
+
+
+def described_of(folder: Path, inputs: dict[str, Path]) -> Any:
+    """The stage's JSON, and its entries by feature."""
     params = {"top": 3, "contexts": 2, "window": 3, "logits": 4, "compute": COMPUTE}
-    out = Output(tmp_path, {"descriptions": tmp_path / "descriptions.json"}, {"stage": "test"})
+    out = Output(folder, {"descriptions": folder / "descriptions.json"}, {"stage": "test"})
     describe_differences(inputs, params, out)
     value = json.loads(out.files["descriptions"].read_text())
-    described = {entry["feature"]: entry for entry in value["features"]}
+    return value, {entry["feature"]: entry for entry in value["features"]}
+
+
+def test_descriptions_have_contexts_and_the_tokens_of_the_right_model(
+    tmp_path: Path, toy_manifest: Callable[..., Path]
+) -> None:
+    inputs = words_and_vectors(tmp_path, toy_manifest())
+    assert read_table(inputs["features"])["class"][[3, 4]].tolist() == ["shared", "base"]
+    value, described = described_of(tmp_path, inputs)
     assert described[4]["class"] == "base"
     assert described[4]["logits_of"] == "base"
     assert all(entry["logits_of"] == "tuned" for entry in described.values() if entry["class"] == "shared")
@@ -214,16 +255,54 @@ def test_descriptions_have_contexts_and_the_tokens_of_the_right_model(
         for context in entry["contexts"]:
             assert context["tokens"][context["peak"]] == entry["fires_on"][0]["token"]
         assert len(entry["logits"]["top"]) == 4
-    assert value["tokens"] == blocks * BLOCK
+    assert value["tokens"] == 8 * BLOCK
 
 
-def _coordinates(folder: Path, width: int) -> Path:
+def test_directions_are_read_where_they_reach_the_stream(
+    tmp_path: Path, toy_manifest: Callable[..., Path], toy_lm: Callable[..., Any]
+) -> None:
+    lm = toy_lm()
+    at_z = words_and_vectors(tmp_path / "z", toy_manifest(), "z.2")
+    top = described_of(tmp_path / "z", at_z)[1][4]["logits"]["top"]
+    column = lm.blocks[2].self_attn.o_proj.weight[:, 4]
+    weights = logit_weights(lm, column[None])[0]
+    assert [token["id"] for token in top] == torch.argsort(weights, descending=True)[:4].tolist()
+    at_mlp_in = words_and_vectors(tmp_path / "mlp_in", toy_manifest(), "mlp_in.2")
+    _, entries = described_of(tmp_path / "mlp_in", at_mlp_in)
+    assert all(entry["contexts"] for entry in entries.values())
+    assert not any({"logits", "logits_of"} & set(entry) for entry in entries.values())
+
+
+def test_one_model_at_a_time_is_in_memory_and_none_without_features_of_its_own(
+    tmp_path: Path, toy_manifest: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = words_and_vectors(tmp_path, toy_manifest())
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(path: Path, **how: Any) -> Any:
+        assert all(model() is None for model in loaded)
+        lm = load_model(path, **how)
+        loaded.append(weakref.ref(lm.hf))
+        return lm
+
+    monkeypatch.setattr(describing, "load_model", load)
+    described_of(tmp_path, inputs)
+    assert len(loaded) == 2
+    table = read_table(inputs["features"])
+    write_table(
+        inputs["features"], {**table, "class": np.where(table["class"] == "base", "", table["class"])}
+    )
+    described_of(tmp_path, inputs)
+    assert len(loaded) == 3
+
+
+def _coordinates(folder: Path, width: int, names: tuple[str, str]) -> Path:
     """Feature i is coordinate i of the first model, written to both; 4 is the first's alone."""
     eye, zeros = torch.eye(width), torch.zeros(width)
     second = eye.clone()
     second[4] = 0
     dictionary = Dictionary(
-        "relu", NAMES, NAMES, "threshold", torch.cat([eye, torch.zeros(width, width)], dim=1), zeros,
+        "relu", names, names, "threshold", torch.cat([eye, torch.zeros(width, width)], dim=1), zeros,
         torch.cat([eye, second], dim=1), torch.zeros(2 * width), extra={"threshold": zeros},
     )  # fmt: skip
     save_dictionary(folder / "weights.safetensors", dictionary)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from circuitflow.dictionaries.normalisation import Normalisation, measure_normalisation
+from circuitflow.dictionaries.dictionary import Skip
+from circuitflow.dictionaries.normalisation import Moments, Normalisation, measure_normalisation
 from circuitflow.dictionaries.outliers import find_outliers
-from circuitflow.dictionaries.rows import SiteRows, open_rows
+from circuitflow.dictionaries.rows import SiteRows, open_rows, open_sites, read_together
 from circuitflow.errors import UserError
 from tests.fixtures.activation_store import BLOCK, SITE, planted, with_sinks, write_store
 
@@ -47,6 +48,22 @@ def test_spread_takes_first_and_last(rows):
     assert rows.spread(rows.held_out, 10_000).sum() == 32
 
 
+def test_sites_are_read_together_without_what_any_site_skips(tmp_path, x):
+    sites = {"resid.1": x, "resid.2": np.roll(x, 1, axis=0)}
+    rows = open_sites(write_store(tmp_path, "activations", sites, HELD_OUT), list(sites))
+    skip = Skip((3,), max_norms=(100.0, 200.0))
+    norms = [np.linalg.norm(values, axis=1) for values in sites.values()]
+    kept = rows[0].held_out & (rows[0].positions != 3) & (norms[0] <= 100) & (norms[1] <= 200)
+    assert kept.sum() == 2 * 13  # not the first, second and fourth of a block
+    index, found = zip(*read_together(rows, rows[0].held_out, skip, chunk_rows=40), strict=True)
+    assert len(index) == 2
+    assert np.array_equal(torch.cat(index).numpy(), np.flatnonzero(kept))
+    for place, values in enumerate(sites.values()):
+        assert np.array_equal(torch.cat([each[place] for each in found]).numpy(), values[kept])
+    everything = torch.cat([index for index, _ in read_together(rows, rows[0].held_out)])
+    assert len(everything) == 32
+
+
 def test_rule_leaves_out_sinks_and_says_so(rows, x):
     found = find_outliers(rows, (0,), 5.0)
     norms = np.linalg.norm(x, axis=1)
@@ -74,6 +91,19 @@ def test_normalised_rows_have_mean_zero_and_mean_square_one(rows, x):
     y = normalisation.apply(torch.from_numpy(x[keep])).double()
     assert float(y.mean(dim=0).abs().max()) < 1e-6
     assert float(y.square().sum(dim=1).mean()) == pytest.approx(1, rel=1e-5)
+
+
+def test_moments_do_not_depend_on_parts_and_need_a_vector(x):
+    moments = Moments()
+    for part in torch.from_numpy(x).split(50):
+        moments.add(part)
+    found = moments.normalisation()
+    wide = x.astype(np.float64)
+    assert np.allclose(found.mean.numpy(), wide.mean(axis=0), rtol=1e-6)
+    expected = np.sqrt(((wide - wide.mean(axis=0)) ** 2).sum(axis=1).mean())
+    assert found.scale == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(UserError, match="Every token is an outlier"):
+        Moments().normalisation()
 
 
 def test_folding_gives_the_same_reconstruction_in_raw_units():

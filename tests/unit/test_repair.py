@@ -17,6 +17,7 @@ from circuitflow.store.arrays import ArraySpec, StoreWriter, open_store
 from circuitflow.store.files import write_json
 from circuitflow.store.objects import Manifest, ObjectFolder, Recipe, content_of
 from circuitflow.store.repair import repair, verify
+from tests.fixtures.rule_files import rules
 
 ROWS, SHARD_ROWS = 50, 8
 SPECS = {"resid.0": ArraySpec((ROWS, 4), "float32"), "site/metric": ArraySpec((ROWS,), "bfloat16")}
@@ -259,6 +260,14 @@ def test_every_stage_that_makes_stores_can_be_called_for_a_repair(name):
     """Rules that harvest other sites, or another model, are made of ``cache_activations``."""
     made_of = re.sub("_(transcoder|crosscoder|first|second)_", "_", name)
     assert repairing._stage(name).__name__ == made_of
+
+
+def test_every_rule_that_makes_a_store_can_be_repaired():
+    """And where its script narrows inputs to some arrays, repair does the same."""
+    texts = {name: rule.script.read_text() for name, rule in rules().items() if rule.script}
+    stores = {name: text for name, text in texts.items() if 'kind="store"' in text}
+    assert stores.keys() == repairing.STAGES.keys()
+    assert {name for name, text in stores.items() if "arrays=" in text} == repairing.READS.keys()
 
 
 def test_a_stage_that_is_not_known_is_named():

@@ -1,7 +1,7 @@
 import pytest
 
 from circuitflow.errors import UserError
-from circuitflow.models.sites import KINDS, Site, depth_order, parse_site
+from circuitflow.models.sites import KINDS, Site, depth_order, layer_of, parse_site
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,6 +39,12 @@ def test_sites_sort_in_the_order_of_computation() -> None:
         )
     ]
     assert depth_order(parse_site("embed")) < depth_order(parse_site("z.0"))
+
+
+def test_the_layer_of_a_site() -> None:
+    assert layer_of("mlp_in.12") == 12
+    with pytest.raises(UserError, match="'embed' has no layer"):
+        layer_of("embed")
 
 
 @pytest.mark.parametrize(

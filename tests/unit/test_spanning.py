@@ -3,12 +3,14 @@
 import random
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from circuitflow.dictionaries import memory
 from circuitflow.dictionaries.describing import files_of, read_log
 from circuitflow.dictionaries.family import load_family
 from circuitflow.dictionaries.kinds import Request
@@ -176,8 +178,8 @@ def test_a_row_is_left_out_where_any_site_says_so(tmp_path: Path):
     assert member.skip.max_norm == notes["max_norm"]["mlp_in.0"]  # at inference only what is read is known
 
 
-def request(kind: str = "topk", d_dict: int = 10) -> Request:
-    wanted = params(kind, ACROSS, d_dict=d_dict)
+def request(kind: str = "topk", d_dict: int = 10, skip: bool = False) -> Request:
+    wanted = params(kind, ACROSS, skip, d_dict=d_dict)
     return Request("two layers", 4, Settings.of(wanted["settings"]), Wiring.of(ACROSS))
 
 
@@ -186,7 +188,8 @@ def test_memory_is_estimated_before_training(caplog, monkeypatch):
     assert parameters(request()) == [138, 94]
     needed = estimate(request(), rows=1000, row_bytes=32, held_out=100)
     assert needed.rows == 1000 * 32
-    assert needed.weights == 4 * (4 * (138 + 94) + 3 * 138)
+    assert needed.weights == 4 * 4 * (138 + 94)
+    assert needed.saved == 4 * 3 * 138
     assert needed.batches == 4 * 16 * (6 * 64 + 2 * 100)
     monkeypatch.setattr("circuitflow.dictionaries.memory.free_memory", lambda: needed.total)
     check_memory(request(), needed, torch.device("cpu"))
@@ -195,7 +198,73 @@ def test_memory_is_estimated_before_training(caplog, monkeypatch):
         UserError, match=r"^Training the dictionaries of two layers needs about .* lower d_dict"
     ):
         check_memory(request(), needed, torch.device("cpu"))
-    assert str(Estimate(2_000_000_000, 0, 0)).startswith("2.00 GB")
+    assert str(Estimate(2_000_000_000, 0, 0, 0)).startswith("2.00 GB")
+
+
+def test_a_skip_connection_takes_memory():
+    assert parameters(request(skip=True)) == [138 + 16, 94 + 16]
+
+
+@pytest.mark.parametrize(
+    ("device", "cpu", "sentence"),
+    [
+        (3999, 10**6, r"4\.00 of them on cuda, where 4\.00 GB are free; lower d_dict"),
+        (4000, 5999, r"6\.00 of them on the CPU, where 6\.00 GB are free; lower buffer_rows"),
+        (4000, 6000, None),
+    ],
+)
+def test_memory_of_the_device_and_of_the_cpu_are_both_checked(monkeypatch, device, cpu, sentence):
+    unit = 10**6
+    needed = Estimate(weights=3000 * unit, saved=1000 * unit, rows=5000 * unit, batches=1000 * unit)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (device * unit, 0))
+    monkeypatch.setattr(memory, "free_memory", lambda: cpu * unit)
+    with nullcontext() if sentence is None else pytest.raises(UserError, match=sentence):
+        check_memory(request(), needed, torch.device("cuda"))
+
+
+def groups(root: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str]) -> int | None:
+    """What is free on a machine of 9000 kB with these files of control groups."""
+    (root / "own").write_text(own)
+    (root / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:   9000 kB\n")
+    for name, text in files.items():
+        (root / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "groups" / name).write_text(text)
+    for name, file in (("OWN_GROUPS", "own"), ("GROUPS", "groups"), ("MEMORY", "meminfo")):
+        monkeypatch.setattr(memory, name, root / file)
+    return memory.free_memory()
+
+
+OLD = {"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "8000000\n"}
+
+
+def test_limits_of_a_job_are_found_above_its_own_group(tmp_path, monkeypatch):
+    job = {
+        "memory/slurm/job_7/memory.limit_in_bytes": "5000000\n",
+        "memory/slurm/job_7/memory.usage_in_bytes": "3000000\n",
+        "memory/slurm/job_7/memory.stat": "active_file 9\ntotal_active_file 250000\ntotal_inactive_file 500000\n",
+    }
+    own = "9:cpu,cpuacct:/x\n4:memory:/slurm/job_7/step_0\n0::/\n"
+    assert groups(tmp_path, monkeypatch, own, OLD | job) == 5_000_000 - 3_000_000 + 750_000
+    assert groups(tmp_path, monkeypatch, "4:memory:/other\n", OLD) == 9000 * 1024
+
+
+def test_limits_of_the_second_version(tmp_path, monkeypatch):
+    files = {
+        "job_7/memory.max": "4000000\n", "job_7/memory.current": "1000000\n", "job_7/memory.stat": "inactive_file 10\n",
+        "job_7/step_0/memory.max": "max\n", "job_7/step_0/memory.current": "900000\n",
+    }  # fmt: skip
+    assert groups(tmp_path, monkeypatch, "0::/job_7/step_0\n", files) == 3_000_010
+
+
+def test_a_container_has_its_own_group_at_the_root(tmp_path, monkeypatch):
+    files = {"memory.max": "3000000\n", "memory.current": "4000000\n"}
+    assert groups(tmp_path, monkeypatch, "0::/docker/abc\n", files) == 0
+
+
+def test_a_system_that_does_not_say(tmp_path, monkeypatch):
+    for name in ("OWN_GROUPS", "GROUPS", "MEMORY"):
+        monkeypatch.setattr(memory, name, tmp_path / "nothing")
+    assert memory.free_memory() is None
 
 
 def test_kinds_for_one_site_are_refused(manifest, tmp_path):

@@ -1,16 +1,16 @@
 """Several dictionaries that belong together, in files of any format: one a layer, or one that writes many layers."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from circuitflow.dictionaries.dictionary import save_dictionary
-from circuitflow.dictionaries.family import Family, load_family
+from circuitflow.dictionaries.describing import CHECKPOINTS
+from circuitflow.dictionaries.dictionary import Dictionary, save_dictionary
+from circuitflow.dictionaries.family import Family, family_of, load_family
 from circuitflow.dictionaries.formats import circuit_tracer_sets
 from circuitflow.dictionaries.formats.hub import Source, fetch_dictionary
 from circuitflow.dictionaries.formats.places import LAYOUTS, WRITTEN, Place, layout_of, names_below
 from circuitflow.dictionaries.formats.registry import read_dictionary, write_dictionary
 from circuitflow.errors import UserError, nearest
-from circuitflow.models.sites import depth
 
 ANY_NAME = ("circuitflow", "decoder")
 """Formats whose files may bear any name."""
@@ -20,7 +20,7 @@ def fetch_family(source: Source, sites: Sequence[str]) -> Family:
     """The dictionaries of a source, on disk or on the hub, that read these sites; a cross-layer one comes whole.
 
     :param sites: what is read, as in ``mlp_in.12``.
-    :raises UserError: one is not there or cannot be imported exactly, or a cross-layer one reads other sites.
+    :raises UserError: one is not there or cannot be imported exactly, or a cross-layer one does not read them all.
     """
     members = []
     for site in sites:
@@ -34,13 +34,17 @@ def fetch_family(source: Source, sites: Sequence[str]) -> Family:
 def read_family(format_name: str, path: Path) -> Family:
     """Every dictionary of a format below a folder, or the members behind one manifest of ours.
 
-    :raises UserError: there is none, or one cannot be imported exactly.
+    Checkpoints of our own trainings are left out.
+
+    :raises UserError: there is none, one cannot be imported exactly, or two read the same site.
     """
     if format_name == "circuitflow" and path.is_file():
         return load_family([path])
     if not path.is_dir():
         raise UserError(f"{path} is no folder; name the folder that holds the dictionaries.")
     found = layout_of(format_name).find(names_below(path))
+    if format_name == "circuitflow":
+        found = {name: files for name, files in found.items() if not _is_checkpoint(name)}
     places = [Place(path, name, files) for name, files in sorted(found.items())]
     if not places:
         raise UserError(
@@ -56,15 +60,14 @@ def read_family(format_name: str, path: Path) -> Family:
             f"{path} holds {len(places)} dictionaries, {len(whole)} of them cross-layer transcoders; name the folder "
             "of one."
         )
-    members = [read_dictionary(format_name, place) for place in places]
-    members.sort(key=lambda member: depth(member.reads[0]))
-    return Family(tuple(members))
+    return family_of([(str(place), read_dictionary(format_name, place)) for place in places])
 
 
 def write_family(format_name: str, folder: Path, family: Family) -> None:
     """Write every member into a folder: a file, or a folder, a site that is read.
 
-    :raises UserError: the format is unknown or only read, or cannot hold a member exactly; or the folder is in use.
+    :raises UserError: the format is unknown or only read, or cannot hold a member exactly; the folder is in use; or two
+        members read the same sites.
     """
     layout_of(format_name)
     if format_name not in WRITTEN:
@@ -77,7 +80,7 @@ def write_family(format_name: str, folder: Path, family: Family) -> None:
     for member in family.members:
         name = "+".join(member.reads).replace(":", "_")
         if format_name == "circuitflow":
-            save_dictionary(folder / f"{name}.safetensors", member)
+            _save_new(folder / f"{name}.safetensors", member)
         else:
             write_dictionary(format_name, folder / name, member)
 
@@ -99,6 +102,19 @@ def detect_family(path: Path) -> str:
             f"(--from): {nearest('', LAYOUTS, limit=len(LAYOUTS))}."
         )
     return fitting[0]
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a dictionary lies in the folder of checkpoints of a training."""
+    return CHECKPOINTS in PurePosixPath(name).parts[:-1]
+
+
+def _save_new(path: Path, member: Dictionary) -> None:
+    if path.exists():
+        raise UserError(
+            f"{path} has been written already: two dictionaries read {', '.join(member.reads)}; give one for each site."
+        )
+    save_dictionary(path, member)
 
 
 def _whole(place: Place, sites: Sequence[str]) -> Family:
