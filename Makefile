@@ -15,7 +15,7 @@ CHECKED := circuitflow workflow_scripts tests envs $(wildcard benchmarks)
 CHOSEN := $(if $(filter-out config.yaml,$(CONFIG)),--configfile "$(CONFIG)")
 PEERS := $(wildcard envs/peers/*.txt)
 # As many files of tests at once as there are processors, the long ones first.
-SIDE_BY_SIDE := -n logical --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder
 RULES := Snakefile $(wildcard rules/*.smk)
 
 help: ## list the targets

@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 
-CLONES = ("finished", "experimented", "graphed", "diffed")
-"""Fixtures that take minutes to make: what uses the same one runs in the same process."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a file stay together; the longest files come first."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        group = next((name for name in CLONES if name in fixtures), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Where files run side by side, those that take minutes begin."""
     items.sort(key=lambda item: item.path.parent.name not in ("workflow", "cluster"))
 
 

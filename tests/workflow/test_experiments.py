@@ -8,6 +8,7 @@ import pytest
 
 from circuitflow.store.tables import read_provenance, read_table
 from tests.workflow.conftest import EXPERIMENTS, Clone
+from tests.workflow.test_invalidation import FAITHFULNESS, PAGE
 
 SITES = 2
 PAIRS = 4  # test pairs that interventions are run on
@@ -131,3 +132,65 @@ def test_one_more_of_a_list_evaluates_only_what_is_new(
     again = experimented.snakemake("--", str(target))
     assert "kept from an earlier run" in again.stdout + again.stderr
     assert experimented.planned("--", "all", *EXPERIMENTS) == {}, "the tables are as they were"
+
+
+# The page shows the configuration, so it is written again after every edit of that.
+CONDITIONS = {"evaluate_conditions": 1, "plot_faithfulness_conditions": 1}
+ABLATED_ERRORS = {
+    "ablate_error_nodes": 1,
+    **{f"plot_error_{name}": 1 for name in ("ablation", "restoration", "heatmap", "windows", "baselines")},
+}
+AUDIT = {"audit_circuit": 1, "plot_audit": 1, "plot_circuit": 1, "plot_circuit_positions": 1}
+CONTENDERS = 2
+OF_BUDGETS = {"evaluate_budget": CONTENDERS, "compare_budgets": 1, "plot_budgets": 1}
+EFFECTS = {"measure_effects": 1, "plot_effects": 1}
+EXPERIMENT_EDITS = {
+    "another ablation": (
+        "run.yaml",
+        "further_ablations: [zero]",
+        "further_ablations: [zero, patched]",
+        CONDITIONS,
+    ),
+    "another number of restored features": (
+        "run.yaml",
+        "restore_top: [1, 3]",
+        "restore_top: [1, 2, 3]",
+        ABLATED_ERRORS,
+    ),
+    "the penalty of the prediction of errors": (
+        "run.yaml",
+        "ridge: 0.001",
+        "ridge: 0.01",
+        {"decompose_errors": 1, "plot_error_decomposition": 1},
+    ),
+    "nodes of the audit": ("run.yaml", "audit: {nodes: 12", "audit: {nodes: 14", AUDIT),
+    "another budget": ("run.yaml", "counts: [5, 20]", "counts: [5, 20, 40]", OF_BUDGETS),
+    # Snakemake itself compares values without their names.
+    "two values of one rule exchanged": ("run.yaml", "pairs: 4, tokens: 3", "pairs: 3, tokens: 4", EFFECTS),
+    "features with a response curve": ("run.yaml", "effects: {top: 10", "effects: {top: 7", EFFECTS),
+    "a line in the engine that replaces nodes": (
+        "circuitflow/circuits/ablation.py",
+        "import torch\n",
+        "import torch\n\nUNUSED = 1\n",
+        FAITHFULNESS
+        | CONDITIONS
+        | ABLATED_ERRORS
+        | OF_BUDGETS
+        | EFFECTS
+        | {"plot_outliers": 1, "evaluate_edges": 1, "plot_edge_faithfulness": 1},
+    ),
+    "a line in the figure of the audit": (
+        "circuitflow/plots/audit.py",
+        "import numpy as np\n",
+        "import numpy as np\n\nUNUSED = 1\n",
+        {"plot_audit": 1, "plot_circuit": 1, "plot_circuit_positions": 1},  # which quote it
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENT_EDITS)
+def test_an_edit_that_concerns_experiments(experimented: Clone, name: str) -> None:
+    file, old, new, expected = EXPERIMENT_EDITS[name]
+    with experimented.edited(file, old, new):
+        assert experimented.planned("--", "all", *EXPERIMENTS) == expected | PAGE
