@@ -185,6 +185,7 @@ def graph(
         features=DEBUG_FEATURES if debug and max_features is None else max_features,
         seconds=DEBUG_SECONDS if debug and seconds is None else seconds,
         random=random,
+        configfile=configfile if configfile != Path("config.yaml") else None,
     )
     show(run(wanted, out), wanted)
 

@@ -1,19 +1,23 @@
 """Reading a configuration: every mistake is told in one sentence, before any job starts."""
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from circuitflow.config import Config, ImportedPairs, TaskSentences, TextFiles, TextPairs, json_schema
+from circuitflow.config import Config, ImportedPairs, TaskSentences, TextFiles, TextPairs
 from circuitflow.config_base import Section
 from circuitflow.config_checks_experiments import check_experiments
+from circuitflow.config_checks_graphs import check_graph_layers
 from circuitflow.config_checks_spanning import check_positions, check_spanning, check_transcoder_files
 from circuitflow.config_dictionaries import DictionarySettings
 from circuitflow.config_diffing import TuningFiles
 from circuitflow.config_error_nodes import WANTED
 from circuitflow.config_model import PathSource, ToySource
+from circuitflow.config_transcoders import TranscoderSettings
 from circuitflow.dictionaries.formats.places import local_files
 from circuitflow.dictionaries.settings import Settings, check_values, used_settings
 from circuitflow.errors import UserError, nearest
@@ -34,7 +38,8 @@ OF_TASK = {
     "figures",
     "compare",
 }
-UNION_TAGS = {"wheel", "hub", "path", "toy", "generate", "import", "text", "bundled", "files", "task"}
+NUMBER = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
+"""Numbers that YAML reads as text."""
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -45,7 +50,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(_without_empty(values))
     except ValidationError as error:
-        raise UserError(_sentence(error, [])) from None
+        raise UserError(_sentence(error, [], values)) from None
     _check_names(config)
     _check_overrides(config)
     _check_sites(config)
@@ -56,6 +61,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     _check_contenders(config)
     check_experiments(config)
     check_spanning(config, OF_MODEL)
+    check_graph_layers(config)
     _check_sizes(config)
     _check_files(config)
     _check_stages(config)
@@ -87,6 +93,7 @@ def check_against_model(config: Config, manifest: Path) -> None:
     layers = _check_prepared(manifest, config.model.source, sites)
     if layers is not None:
         check_transcoder_files(config, layers)
+        check_graph_layers(config, layers)
     if diffing is not None and diffing.model is not None:
         second = manifest.parents[1] / "diffing" / diffing.name / "model" / "manifest.json"
         _check_prepared(second, diffing.model, [diffing.site])
@@ -196,7 +203,9 @@ def _check_overrides(config: Config) -> None:
         try:
             config.dictionary(site)
         except ValidationError as error:
-            raise UserError(_sentence(error, ["dictionaries", "overrides", site])) from None
+            raise UserError(
+                _sentence(error, ["dictionaries", "overrides", site], config.dictionaries.overrides[site])
+            ) from None
 
 
 def _check_dictionaries(config: Config) -> None:
@@ -212,7 +221,7 @@ def _check_contenders(config: Config) -> None:
             found = config.model_copy(update={"comparison": part, "study": None}).every_dictionary()
         except ValidationError as error:
             where = ["comparison", "contenders", str(number), "dictionaries"]
-            raise UserError(_sentence(error, where)) from None
+            raise UserError(_sentence(error, where, contender.dictionaries)) from None
         for _, site, settings in found[len(config.sites) :]:
             where_at = f"contender {contender.name} at {site}"
             _check_dictionary(settings, where_at)
@@ -238,7 +247,9 @@ def _check_study(config: Config) -> None:
         try:
             variants = part.variants()
         except ValidationError as error:
-            raise UserError(_sentence(error, ["study", "variants", str(number)])) from None
+            raise UserError(
+                _sentence(error, ["study", "variants", str(number)], study.variants[number])
+            ) from None
         if not variants:
             raise UserError(
                 f"Key study.variants.{number} has an empty list of values; give at least one value."
@@ -293,7 +304,8 @@ def _check_files(config: Config) -> None:
             siblings = (
                 [entry.name for entry in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
             )
-            hint = f"; {nearest(Path(name).name, siblings)}" if siblings else ""
+            alike = difflib.get_close_matches(Path(name).name, siblings)
+            hint = f"; {nearest(Path(name).name, siblings)}" if alike else ""
             raise UserError(f"Key {key} names {name}, which does not exist{hint}.")
     for key, pattern in _patterns(config):
         if not any(file.is_file() for file in Path().glob(pattern)):
@@ -331,35 +343,55 @@ def _patterns(config: Config) -> Iterator[tuple[str, str]]:
         yield "diffing.tuning.text.glob", tuned_on.glob
 
 
-def _sentence(error: ValidationError, where: list[str]) -> str:
-    """The most telling of the mistakes: an unknown key explains a missing one, so it comes first."""
+def _sentence(error: ValidationError, where: list[str], values: Mapping[str, Any]) -> str:
+    """The most telling of the mistakes: an unknown key explains a missing one, so it comes first.
+
+    :param where: the key of the values, if they are a part of the configuration.
+    """
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"]]
-    shown = ".".join([*where, *_without_union_tags(path)])
+    shown = ".".join([*where, *_as_written(problem, values)])
     kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
-        inside = (
-            ["dictionaries", *path] if where else path
-        )  # overrides and variants have the keys of that section
-        return f"Unknown key {shown}; {nearest(path[-1], _keys_beside(inside))}."
+        return f"Unknown key {shown}; {nearest(path[-1], _keys_of(where, path))}."
     if kind == "missing":
-        return f"Key {shown} is missing; add it (see config.yaml for every key)."
+        return f"Key {shown} is missing; add it (config.schema.json lists every key)."
     if kind == "union_tag_invalid":
         return f"Key {shown}.kind is {context['tag']}; {nearest(context['tag'], _choices(context['expected_tags']))}."
     if kind == "literal_error":
         return f"Key {shown} is {value}; {nearest(value, _choices(context['expected']))}."
-    if kind == "string_pattern_mismatch" and context["pattern"] in WANTED:
-        return f"Key {shown} is {value!r}; {WANTED[context['pattern']](value)}."
     if kind == "string_pattern_mismatch":
-        return f"Key {shown} is {value!r}, but only letters, digits, '_', '.' and '-' are allowed, as in a file name."
-    if kind == "too_short" and context["actual_length"]:
-        return f"Key {shown} is {value!r}; it takes {context['min_length']} entries, a range its first and last site."
-    if kind == "too_short":
+        return f"Key {shown} is {value!r}{_pattern(context['pattern'], value)}."
+    if kind == "too_short" and not context["actual_length"]:
         return f"Key {shown} is empty; name at least one."
+    return _of_value(shown, problem)
+
+
+def _of_value(shown: str, problem: Mapping[str, Any]) -> str:
+    """The sentence on a value that cannot be, or on a section whose keys do not go together."""
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "too_short":
+        ends = ", a range its first and last site" if "ranges." in shown else ""
+        return f"Key {shown} is {_short(value)}; it takes at least {context['min_length']} entries{ends}."
+    if kind == "too_long":
+        return f"Key {shown} is {_short(value)}; it takes at most {context['max_length']} entries."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    number_as_text = kind == "float_type" and isinstance(value, str)
+    if kind == "value_error" and isinstance(value, Mapping):
+        return f"Key {shown}: {message}."
+    number_as_text = kind == "float_type" and isinstance(value, str) and NUMBER.fullmatch(value)
     hint = " (YAML reads 3e-4 as text: write 3.0e-4)" if number_as_text else ""
-    return f"Key {shown} is {value!r}, but {message[0].lower()}{message[1:]}{hint}."
+    return f"Key {shown} is {_short(value)}, but {message[0].lower()}{message[1:]}{hint}."
+
+
+def _pattern(pattern: str, value: object) -> str:
+    if pattern in WANTED:
+        return f"; {WANTED[pattern](value)}"
+    return ", but only letters, digits, '_', '.' and '-' are allowed, as in a file name"
+
+
+def _short(value: object, longest: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _choices(expected: object) -> list[str]:
@@ -367,21 +399,37 @@ def _choices(expected: object) -> list[str]:
     return str(expected).replace("'", "").replace(" or ", ", ").split(", ")
 
 
-def _without_union_tags(path: list[str]) -> list[str]:
-    """The path as the user wrote it: pydantic adds the chosen member of a union after source, pairs and sources.N."""
-    tagged = {"source", "pairs"}
-    kept: list[str] = []
-    for before, part in zip(["", *path], path, strict=False):
-        of_union = before in tagged or (before.isdigit() and len(kept) > 1 and kept[-2] == "sources")
-        if not (of_union and part in UNION_TAGS) and not part.startswith("literal["):
-            kept.append(part)
-    return kept
+def _as_written(problem: Mapping[str, Any], values: Any) -> list[str]:
+    """The path as the user wrote it: pydantic adds which member of a union was chosen."""
+    *parents, last = problem["loc"]
+    kept = []
+    for part in parents:
+        chosen = isinstance(values, Mapping) and part == values.get("kind")
+        if not chosen and _has(values, part):
+            kept.append(str(part))
+            values = values[part]
+    return [*kept, str(last)] if problem["type"] == "missing" or _has(values, last) else kept
 
 
-def _keys_beside(path: list[str]) -> list[str]:
-    """Keys that are valid where an unknown one was found, by walking the schema along the path."""
-    schema = json_schema()
-    definitions = schema["$defs"]
+def _has(values: Any, part: str | int) -> bool:
+    return (
+        part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)
+    )
+
+
+def _keys_of(where: list[str], path: list[str]) -> list[str]:
+    """Keys that are valid beside an unknown one; values that are a part of the configuration are of dictionaries."""
+    if where:
+        return _keys_beside(DictionarySettings, path)
+    if path[:2] == ["transcoders", "overrides"]:
+        return _keys_beside(TranscoderSettings, path[3:])
+    return _keys_beside(Config, path)
+
+
+def _keys_beside(section: type[Section], path: list[str]) -> list[str]:
+    """Keys that are valid where an unknown one was found, by walking a section's schema along the path."""
+    schema = section.model_json_schema()
+    definitions = schema.get("$defs", {})
 
     def options(node: dict[str, Any]) -> list[dict[str, Any]]:
         if "$ref" in node:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from circuitflow.config_base import Name, Positive, Section, Seed, Share
+from circuitflow.config_base import Name, Positive, Section, Seed, Share, mistake
 from circuitflow.config_model import HubSource, PathSource, WheelSource
 from circuitflow.config_transcoders import SpanningSettings
 from circuitflow.dictionaries.settings import used_family_settings
@@ -109,7 +109,7 @@ class DiffingSection(SpanningSettings):
                 "name a second model (model), or how it is made by fine-tuning (tuning), and not both"
             )
         if not self.shared[0] < self.shared[1]:
-            raise ValueError("the two bounds of shared should ascend, as in [0.3, 0.7]")
+            raise mistake(("shared",), self.shared, "the two bounds should ascend, as in [0.3, 0.7]")
         return self
 
     def settings(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from circuitflow.config_base import Name, Positive, Section, Seed, Share
+from circuitflow.config_base import Name, Positive, Section, Seed, Share, check_different
 from circuitflow.errors import UserError, nearest
 
 Operation = Literal["set", "scale", "remove"]
@@ -46,6 +46,7 @@ def _layer(value: object) -> object:
 Quoted = Annotated[str, BeforeValidator(_quoted)]
 """Text that YAML reads as a number where its quotes are missing."""
 FeatureId = Annotated[Quoted, AfterValidator(_id)]
+FeatureIds = Annotated[list[FeatureId], Field(min_length=1)]
 Layer = Annotated[int, Field(ge=0)]
 
 
@@ -102,11 +103,14 @@ class InterventionsSection(Section):
     """The features of most influence, removed one at a time, to hold what the graph predicts against the model."""
     groups: int = Field(default=8, ge=0)
     """The supernodes of most influence, removed one at a time."""
-    modes: list[ModeSection] = [
-        ModeSection(name="direct", up_to="all"),
-        ModeSection(name="frozen", norms="free"),
-        ModeSection(name="free", attention="free", norms="free"),
-    ]
+    modes: list[ModeSection] = Field(
+        default=[
+            ModeSection(name="direct", up_to="all"),
+            ModeSection(name="frozen", norms="free"),
+            ModeSection(name="free", attention="free", norms="free"),
+        ],
+        min_length=1,
+    )
     """Every intervention is made under each of these. Frozen norms do not hold large changes in check: where MLPs
     respond, these can grow without bounds from layer to layer."""
     targets: Positive = 100
@@ -120,22 +124,18 @@ class InterventionsSection(Section):
 
     @model_validator(mode="after")
     def _different(self) -> "InterventionsSection":
-        for key, names in (
-            ("modes", [one.name for one in self.modes]),
-            ("wanted", [one.name for one in self.wanted]),
-        ):
-            if len(set(names)) < len(names):
-                raise ValueError(f"{key} need different names")
+        check_different("modes", [one.name for one in self.modes])
+        check_different("wanted", [one.name for one in self.wanted])
         return self
 
 
 class SupernodesSection(Section):
     """Features of a graph that are read as one (target `graph_experiments`)."""
 
-    by_hand: dict[str, list[FeatureId]] = {}
+    by_hand: dict[str, FeatureIds] = {}
     """Ids of features, in quotes, by the supernode's name: "3_1021_5", or "3_1021" for every position. What is no node
     of a graph is left out there."""
-    prompts: dict[Name, dict[str, list[FeatureId]]] = {}
+    prompts: dict[Name, dict[str, FeatureIds]] = {}
     """The same for single graphs, by name of the prompt."""
     automatic: bool = True
     """Group the other features of the pruned graph."""

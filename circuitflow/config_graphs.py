@@ -1,10 +1,10 @@
 """The configuration's section on attribution graphs."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from circuitflow.config_base import Name, Positive, Section, Share
+from circuitflow.config_base import Name, Positive, Section, check_different, mistake
 from circuitflow.config_graph_experiments import (
     HeadsSection,
     InterventionsSection,
@@ -14,7 +14,13 @@ from circuitflow.config_graph_experiments import (
 )
 from circuitflow.config_graph_export import GraphExportSection, GraphFeaturesSection, GraphFigureSection
 
-Token = str | Annotated[int, Field(ge=0)]
+
+def _kind(target: Any) -> str | None:
+    if isinstance(target, (dict, CombinationSection)):
+        return "combination"
+    if isinstance(target, str):
+        return "text"
+    return "id" if isinstance(target, int) and not isinstance(target, bool) else None
 
 
 class CombinationSection(Section):
@@ -27,6 +33,24 @@ class CombinationSection(Section):
     weight: float = Field(default=1.0, gt=0)
     """Its weight where influence begins, beside the other targets', whose weights are their probabilities."""
 
+    @model_validator(mode="after")
+    def _combines(self) -> "CombinationSection":
+        if not any(self.tokens.values()):
+            raise mistake(("tokens",), self.tokens, "one coefficient at least should not be 0")
+        return self
+
+
+Target = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[int, Field(ge=0), Tag("id")]
+    | Annotated[CombinationSection, Tag("combination")],
+    Discriminator(
+        _kind,
+        custom_error_type="target",
+        custom_error_message='it should be a token (its text or its id) or a combination, as in {tokens: {" is": 1.0}}',
+    ),
+]
+
 
 class PromptSection(Section):
     """One prompt, one graph."""
@@ -35,8 +59,16 @@ class PromptSection(Section):
     """Folder of the graph."""
     text: str = Field(min_length=1)
     """The prompt; the graph explains what comes next."""
-    targets: list[Token | CombinationSection] | None = Field(default=None, min_length=1)
+    targets: list[Target] | None = Field(default=None, min_length=1)
     """What is explained: tokens (text with its leading space, or id) or combinations; null: the likeliest tokens."""
+
+    @model_validator(mode="after")
+    def _targets_differ(self) -> "PromptSection":
+        targets = self.targets or []
+        for number, target in enumerate(targets):
+            if target in targets[:number]:
+                raise mistake(("targets", number), target, "an earlier target is the same; remove one")
+        return self
 
 
 class VirtualSection(Section):
@@ -69,9 +101,9 @@ class GraphsSection(Section):
     """Features computed at once: memory, not results."""
     keep_all: bool = False
     """Keep active features beyond max_nodes as sources (large files); otherwise what they add is kept as one number."""
-    node_share: Share = 0.8
+    node_share: float = Field(default=0.8, gt=0, le=1)
     """Pruning: the nodes that have this share of all influence stay."""
-    edge_share: Share = 0.98
+    edge_share: float = Field(default=0.98, gt=0, le=1)
     """Pruning: the edges that have this share of influence among them stay."""
     virtual: VirtualSection = VirtualSection()
     """Weights that hold in any context."""
@@ -92,9 +124,7 @@ class GraphsSection(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> "GraphsSection":
-        names = [prompt.name for prompt in self.prompts]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"name {repeated[0]} is given to two prompts")
+        check_different("prompts", [prompt.name for prompt in self.prompts])
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from circuitflow.config_base import Name, Positive, Section, Seed
+from circuitflow.config_base import Name, Positive, Section, Seed, below, mistake
 from circuitflow.config_dictionaries import DictionarySource, TrainingSection, merge
 from circuitflow.dictionaries.settings import used_family_settings
 from circuitflow.errors import UserError
@@ -83,12 +83,17 @@ class TranscodersSection(TranscoderSettings):
         if (self.kind == "pretrained") != (self.source is not None):
             raise ValueError("kind pretrained and source belong together")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise ValueError("layers should name each layer once, and at least one; null names all")
+            raise mistake(
+                ("layers",), self.layers, "it should name each layer once, and at least one; null names all"
+            )
         if self.architecture == "cross_layer" and self.overrides:
-            raise ValueError("overrides are of single transcoders; those of cross_layer are trained together")
-        for values in self.overrides.values():
-            if (self._merged(values)["kind"] == "pretrained") != (self.kind == "pretrained"):
-                raise ValueError("overrides cannot make some layers pretrained and train the others")
+            message = "overrides are of single transcoders; those of cross_layer are trained together"
+            raise mistake(("overrides",), self.overrides, message)
+        if self.architecture == "cross_layer" and self.kind == "jumprelu" and self.target_l0 is not None:
+            message = "cross_layer jumprelu aims at no L0; remove it, and set penalty"
+            raise mistake(("target_l0",), self.target_l0, message)
+        for layer, values in self.overrides.items():
+            self._check_override(layer, values)
         _check_kind(self, self.architecture)
         return self
 
@@ -103,6 +108,15 @@ class TranscodersSection(TranscoderSettings):
             return {}
         first = layers[:1] if self.architecture == "cross_layer" else layers
         return {f"mlp_in.{layer}": self.of_layer(layer)["source"] for layer in first}
+
+    def _check_override(self, layer: int, values: dict[str, Any]) -> None:
+        try:
+            kind = self._merged(values)["kind"]
+        except ValidationError as error:
+            raise below(("overrides", layer), error) from None
+        if (kind == "pretrained") != (self.kind == "pretrained"):
+            message = "overrides cannot make some layers pretrained and train the others"
+            raise mistake(("overrides", layer, "kind"), kind, message)
 
     def _merged(self, over: dict[str, Any]) -> dict[str, Any]:
         values = self.model_dump(include=set(TranscoderSettings.model_fields))
@@ -124,7 +138,7 @@ class CrosscoderSection(SpanningSettings):
     @model_validator(mode="after")
     def _fits(self) -> "CrosscoderSection":
         if len(set(self.sites)) < len(self.sites):
-            raise ValueError("sites should name each site once")
+            raise mistake(("sites",), self.sites, "it should name each site once")
         _check_kind(self, "crosscoder")
         return self
 
@@ -143,7 +157,8 @@ def _used(values: dict[str, Any], architecture: str) -> dict[str, Any]:
 def _check_kind(section: SpanningSettings, architecture: str) -> None:
     values = section.model_dump()
     if architecture != "crosscoder" and section.training.resample_every is not None:
-        raise ValueError("training.resample_every draws new features from what is written back; null it here")
+        message = "new features would be drawn from what is written back; null it here"
+        raise mistake(("training", "resample_every"), section.training.resample_every, message)
     try:
         _used(values, architecture)
     except UserError as error:

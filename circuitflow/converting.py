@@ -7,6 +7,7 @@ from circuitflow.dictionaries.formats.hub import fetch_dictionary
 from circuitflow.dictionaries.formats.places import LAYOUTS, WRITTEN, detect
 from circuitflow.dictionaries.formats.registry import read_dictionary, write_dictionary
 from circuitflow.errors import UserError, nearest
+from circuitflow.plots.numbers import counted
 
 
 def convert(
@@ -63,8 +64,9 @@ def convert_all(source: Path, target: Path, from_format: str | None, to_format: 
     given = from_format or detect_family(source)
     family = read_family(given, source)
     write_family(to_format, target, family)
+    members = counted(len(family.members), "dictionary", "dictionaries")
     features = sum(member.d_dict for member in family.members)
     return (
-        f"{target}: {len(family.members)} dictionaries with {features} features, {family.reads[0]} to "
+        f"{target}: {members} with {counted(features, 'feature')}, {family.reads[0]} to "
         f"{family.writes[-1]}, from {source} ({given}) to {to_format}"
     )

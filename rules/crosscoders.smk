@@ -46,7 +46,7 @@ if CROSS:
             compute=COMPUTE,
             code=code("train_crosscoder"),
         message:
-            "Train the crosscoder {CROSS_NAME}"
+            "Train the crosscoder ({CROSS_NAME})"
         script:
             "../workflow_scripts/train_crosscoder.py"
 
@@ -75,6 +75,6 @@ if CROSS:
             compute=COMPUTE,
             code=code("measure_crosscoder"),
         message:
-            "Measure the crosscoder {CROSS_NAME} on held-out text"
+            "Measure the crosscoder ({CROSS_NAME}) on held-out text"
         script:
             "../workflow_scripts/measure_crosscoder.py"

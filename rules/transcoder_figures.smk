@@ -22,7 +22,7 @@ if SPAN:
             style=STYLE | {"subject": CFG.model.name},
             code=code("plot_transcoder_quality"),
         message:
-            "Draw how well the transcoders {SPAN_NAME} do"
+            "Draw how well the transcoders ({SPAN_NAME}) do"
         script:
             "../workflow_scripts/plot_transcoder_quality.py"
 
@@ -49,7 +49,7 @@ if IS_TRAINED_SPAN:
             style=STYLE | {"subject": CFG.model.name},
             code=code("plot_transcoder_training"),
         message:
-            "Draw the training of the transcoders {SPAN_NAME}"
+            "Draw the training of the transcoders ({SPAN_NAME})"
         script:
             "../workflow_scripts/plot_transcoder_training.py"
 
@@ -76,7 +76,7 @@ if CROSS:
             style=STYLE | {"subject": CFG.model.name},
             code=code("plot_crosscoder_quality"),
         message:
-            "Draw how well the crosscoder {CROSS_NAME} does"
+            "Draw how well the crosscoder ({CROSS_NAME}) does"
         script:
             "../workflow_scripts/plot_crosscoder_quality.py"
 
@@ -100,6 +100,6 @@ if CROSS:
             style=STYLE | {"subject": CFG.model.name},
             code=code("plot_crosscoder_training"),
         message:
-            "Draw the training of the crosscoder {CROSS_NAME}"
+            "Draw the training of the crosscoder ({CROSS_NAME})"
         script:
             "../workflow_scripts/plot_crosscoder_training.py"

@@ -47,7 +47,7 @@ if SPAN:
             compute=COMPUTE,
             code=code("measure_transcoders"),
         message:
-            "Measure the transcoders {SPAN_NAME} on held-out text"
+            "Measure the transcoders ({SPAN_NAME}) on held-out text"
         script:
             "../workflow_scripts/measure_transcoders.py"
 
@@ -76,7 +76,7 @@ if IS_TRAINED_SPAN and IS_CROSS_LAYER:
             compute=COMPUTE,
             code=code("train_cross_layer"),
         message:
-            "Train the cross-layer transcoder {SPAN_NAME}"
+            "Train the cross-layer transcoder ({SPAN_NAME})"
         script:
             "../workflow_scripts/train_cross_layer.py"
 
@@ -133,7 +133,7 @@ elif IS_CROSS_LAYER:
             compute=COMPUTE,
             code=code("import_cross_layer"),
         message:
-            "Import the cross-layer transcoder {SPAN_NAME}"
+            "Import the cross-layer transcoder ({SPAN_NAME})"
         script:
             "../workflow_scripts/import_cross_layer.py"
 

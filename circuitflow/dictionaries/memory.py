@@ -44,8 +44,8 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{_gb(self.total)} GB of memory ({_gb(self.weights)} for weights and Adam, {_gb(self.saved)} to save, "
-            f"{_gb(self.rows)} for rows, {_gb(self.batches)} for batches)"
+            f"{_told(self.total)} of memory ({_told(self.weights)} for weights and Adam, {_told(self.saved)} to save, "
+            f"{_told(self.rows)} for rows, {_told(self.batches)} for batches)"
         )
 
 
@@ -96,8 +96,8 @@ def check_memory(request: Request, needed: Estimate, device: torch.device) -> No
     for place, (wanted, free, fix) in places.items():
         if free is not None and wanted > free:
             raise UserError(
-                f"Training the dictionaries of {request.site} needs about {needed}, {_gb(wanted)} of them on {place}, "
-                f"where {_gb(free)} GB are free; lower {fix}."
+                f"Training the dictionaries of {request.site} needs about {needed}, {_told(wanted)} of them on "
+                f"{place}, where {_told(free)} are free; lower {fix}."
             )
 
 
@@ -144,5 +144,6 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f}"
+def _told(size: int) -> str:
+    """A size for people: "1.52 GB", "3.4 MB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -40,6 +40,8 @@ CONVENTIONS = {
 }
 PLAIN = {"chat_template": False, "generation_prefix": "", "prepend_bos": False, "position": "last"}
 """How prompts of graphs are read: as they stand."""
+LONGEST = 80
+"""Characters of a prompt in a message."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Clock:
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds by phase."""
     begun: float = field(default_factory=time.monotonic)
+    batches: list[tuple[float, int]] = field(default_factory=list)
+    """When a batch of features was done, in seconds from the beginning, and how many features then had rows."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -80,6 +84,20 @@ class Clock:
             yield
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - start
+
+    def reached(self, features: int) -> None:
+        """Note that so many features have rows."""
+        self.batches.append((time.monotonic() - self.begun, features))
+
+    def until(self, features: int) -> float | None:
+        """Seconds until so many features have rows, at the pace of the batches after the first, which starts things up.
+
+        None where there was one batch at most.
+        """
+        if len(self.batches) < 2:
+            return None
+        (first, some), (last, more) = self.batches[0], self.batches[-1]
+        return last + (last - first) / (more - some) * (features - more)
 
     @property
     def over(self) -> bool:
@@ -138,10 +156,7 @@ def tokenized(
     found = list(tokenizer(prompt)["input_ids"])
     unknown = PromptReader(tokenizer, PLAIN).unknown
     if unknown is not None and unknown in found:
-        raise UserError(
-            f"Prompt {prompt!r} has words outside the model's vocabulary{_named(tokenizer, prompt, unknown)}; write it "
-            "with others."
-        )
+        raise UserError(_not_known(tokenizer, prompt, unknown))
     if prepend_bos:
         start = start_token(tokenizer)
         if start is None:
@@ -152,14 +167,23 @@ def tokenized(
     return prompt, torch.tensor(found, dtype=torch.int64)
 
 
-def _named(tokenizer: Any, prompt: str, unknown: int) -> str:
-    """The words behind unknown tokens, where the tokenizer tells which part of a text a token is of."""
-    if not tokenizer.is_fast:
-        return ""
-    read = tokenizer(prompt, return_offsets_mapping=True)
-    places = zip(read["input_ids"], read["offset_mapping"], strict=True)
-    words = [prompt[start:end].strip() for token, (start, end) in places if token == unknown]
-    return f" ({', '.join(dict.fromkeys(words))})"
+def _not_known(tokenizer: Any, prompt: str, unknown: int) -> str:
+    """Why a prompt cannot be read, with the words behind unknown tokens where the tokenizer tells where tokens lie."""
+    told = repr(prompt if len(prompt) <= LONGEST else f"{prompt[: LONGEST // 2]}…{prompt[-LONGEST // 2 :]}")
+    words: list[str] = []
+    if tokenizer.is_fast:
+        read = tokenizer(prompt, return_offsets_mapping=True)
+        places = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        words = list(
+            dict.fromkeys(prompt[start:end].strip() for token, (start, end) in places if token == unknown)
+        )
+    if words == [""]:
+        where = "at its end" if prompt[-1:].isspace() else "between words"
+        return (
+            f"Prompt {told} has white space {where} that the model's vocabulary does not have; take it out."
+        )
+    named = f" ({', '.join(word for word in words if word)})" if words else ""
+    return f"Prompt {told} has words outside the model's vocabulary{named}; write it with others."
 
 
 class _Table:
@@ -266,6 +290,7 @@ class _Table:
             which = torch.from_numpy(self.order[batch]).to(self.sources.order.device)
             self._put(compute_rows(self.sources, feature_targets(self.sources, which), self.buffers))
             self.chosen = np.concatenate([self.chosen, batch])
+            self.clock.reached(len(self.chosen))
             progress("graph rows", len(self.chosen), self.cap)
 
     def _put(self, rows: Rows) -> None:

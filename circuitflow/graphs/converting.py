@@ -6,21 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from circuitflow.errors import UserError, nearest
 from circuitflow.graphs.exporting import local_scan, sizes
 from circuitflow.graphs.formats.circuit_tracer import KEY, read_circuit_tracer, write_circuit_tracer
 from circuitflow.graphs.formats.feature_files import write_features
-from circuitflow.graphs.formats.viewer import Told, write_viewer
+from circuitflow.graphs.formats.viewer import Told, shown, write_viewer
 from circuitflow.graphs.formats.viewer_reading import read_viewer
 from circuitflow.graphs.graph import Graph
 from circuitflow.graphs.influence import prune, scores
 from circuitflow.graphs.labels import labels, read_descriptions
+from circuitflow.plots.numbers import counted
 from circuitflow.store.files import read_json, write_json
 
 FORMATS = ("circuitflow", "viewer", "circuit_tracer")
 """graph.safetensors, the JSON of viewers, and circuit-tracer's graphs as plain tensors."""
+ENDINGS = {"circuitflow": ".safetensors", "viewer": ".json", "circuit_tracer": ".safetensors"}
+"""Names by which files are read again."""
 
 
 def convert_graph(
@@ -39,18 +43,23 @@ def convert_graph(
     :param model: folder with the model's config.json, for circuit_tracer.
     :param features: descriptions of describe_graph_features, for viewers.
     :param shares: of influence that pruned nodes and edges keep, for viewers; a viewer's file is pruned already.
-    :raises UserError: it is not there, of no known form, or the target exists.
+    :raises UserError: it is not there, of no known form, or the target exists or has another form's name; or a share
+        is none.
     """
     if to_format not in FORMATS:
         raise UserError(f"Format '{to_format}' of graphs is unknown; {nearest(to_format, FORMATS)}.")
     if target.exists():
         raise UserError(f"{target} exists; name a file that does not.")
+    if target.suffix != ENDINGS[to_format]:
+        raise UserError(f"{target} is no name for a {to_format} graph; end it with {ENDINGS[to_format]}.")
+    _check_shares(shares)
     given = detected(source)
     viewed = read_viewer(source) if given == "viewer" else None
     if viewed is not None:
         graph = viewed.graph
     else:
         graph = read_circuit_tracer(source) if given == "circuit_tracer" else Graph.load(source)
+    there = np.ones(graph.n_nodes, dtype=bool)
     if to_format == "circuitflow":
         graph.save(target)
     elif to_format == "circuit_tracer":
@@ -59,14 +68,16 @@ def convert_graph(
         told = Told(viewed.slug, scan or viewed.scan, viewed.labels, viewed.supernodes, viewed.pinned)
         told = replace(told, pruning=graph.facts["pruned"], facts=_kept_facts(viewed.facts))
         write_viewer(target, graph, viewed.kept, told)
+        there = shown(graph, viewed.kept)
     else:
         said = labels(read_descriptions(features)) if features is not None else {}
         facts = {"scores": scores(graph)._asdict(), "sizes": sizes(graph)}
         pruning = {"node_threshold": shares[0], "edge_threshold": shares[1]}
         told = Told(target.stem, scan or local_scan(graph), said, pruning=pruning, facts=facts)
-        write_viewer(target, graph, prune(graph, *shares), told)
-    nodes = f"{len(graph.features)} features, {len(graph.errors)} errors, {graph.n_pos} tokens"
-    return f"{target}: {nodes} and {len(graph.logits)} outputs, from {source} ({given}) to {to_format}"
+        kept = prune(graph, *shares)
+        write_viewer(target, graph, kept, told)
+        there = shown(graph, kept)
+    return f"{target}: {_counts(graph, there)}, from {source} ({given}) to {to_format}"
 
 
 def detected(path: Path) -> str:
@@ -74,6 +85,8 @@ def detected(path: Path) -> str:
 
     :raises UserError: it is missing, a pickle, or of no known form.
     """
+    if path.is_dir():
+        raise UserError(f"Graph {path} is a folder; name a file in it, such as {path / 'graph.safetensors'}.")
     if not path.is_file():
         raise UserError(f"Graph {path} does not exist; check the path.")
     if path.suffix == ".pt":
@@ -125,7 +138,28 @@ def export_graphs(source: Path, target: Path, scan: str | None = None) -> str:
         written = len(write_features(target / folder, read_descriptions(described), name))
     write_json(target / "graph-metadata.json", {"graphs": known})
     serve = f"circuit-tracer start-server --graph_file_dir {target}"
-    return f"{target}: {len(files)} graphs and {written} features; view them with `{serve}`"
+    told = f"{counted(len(files), 'graph')} and {counted(written, 'feature')}"
+    return f"{target}: {told}; view them with `{serve}`"
+
+
+def _check_shares(shares: tuple[float, float]) -> None:
+    for option, share in zip(("--nodes", "--edges"), shares, strict=True):
+        if not 0 < share <= 1:
+            raise UserError(f"Option {option} is {share:g}, but it should be a share, above 0 and at most 1.")
+
+
+def _counts(graph: Graph, there: np.ndarray) -> str:
+    """How many nodes of each kind a file has, and of how many where it was pruned."""
+    parts = []
+    for kind, start, end in (
+        ("feature", 0, graph.first_error),
+        ("error", graph.first_error, graph.first_token),
+        ("token", graph.first_token, graph.first_logit),
+        ("output", graph.first_logit, graph.n_nodes),
+    ):
+        written, whole = int(there[start:end].sum()), end - start
+        parts.append(f"{written} of {counted(whole, kind)}" if written < whole else counted(whole, kind))
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _kept_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import resource
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from circuitflow.plots.attribution_graph import plot_attribution_graph
 LOADING = ("model", "transcoders")
 DEBUG_FEATURES, DEBUG_SECONDS = 64, 60.0
 """Bounds of a debug run that names none."""
+CROSS_LAYER = "cross_layer.json"
 SHOWN = 8
 """Features listed, those of most influence."""
 
@@ -41,6 +43,12 @@ class Wanted:
     """``results/{model}``."""
     name: str
     """Set of transcoders below ``dictionaries``."""
+    architecture: str | None = None
+    """Of the set, ``single`` or ``cross_layer``; None: as the files tell."""
+    layers: tuple[int, ...] | None = None
+    """Layers of the set that are used; None: all that there are."""
+    configfile: Path | None = None
+    """For the commands that messages name; None: Snakemake's own default."""
     settings: Settings = field(default_factory=Settings)
     seconds: float | None = None
     """After which no further rows are begun."""
@@ -75,9 +83,9 @@ def run(wanted: Wanted, folder: Path | None) -> Outcome:
         raise UserError(f"{folder} is in use; name a folder (--out) that does not exist yet, or is empty.")
     loading = Clock()
     with loading.phase(LOADING[0]):
-        lm = load_model(_manifest(wanted.results), wanted.dtype, wanted.device)
+        lm = load_model(_manifest(wanted), wanted.dtype, wanted.device)
     with loading.phase(LOADING[1]):
-        family = random_family(lm, wanted.random) if wanted.random else load_family(transcoder_files(wanted))
+        family = random_family(lm, wanted.random) if wanted.random else wanted_family(wanted)
     clock = Clock(wanted.seconds, dict(loading.phases))
     name = "random" if wanted.random else wanted.name
     facts = {"model": wanted.results.name, "dictionaries": name}
@@ -91,24 +99,38 @@ def run(wanted: Wanted, folder: Path | None) -> Outcome:
     return Outcome(graph, kept, found, clock, files, _memory())
 
 
+def wanted_family(wanted: Wanted) -> Family:
+    """The set of transcoders, of the layers that are wanted.
+
+    :raises UserError: there is none, or a cross-layer one was trained with other layers.
+    """
+    family = load_family(transcoder_files(wanted))
+    found = tuple(_layer(site) for site in family.reads)
+    if wanted.architecture == "cross_layer" and wanted.layers is not None and found != wanted.layers:
+        raise UserError(
+            f"Cross-layer transcoder {_set(wanted) / CROSS_LAYER} is of layers {_listed(found)}, but key "
+            f"transcoders.layers names {_listed(wanted.layers)}; train it again with "
+            f"`{_command(wanted, 'transcoders')}`, or change the key."
+        )
+    return family
+
+
 def transcoder_files(wanted: Wanted) -> list[Path]:
-    """Manifests of the set: of a cross-layer transcoder, or of every layer that has been trained so far.
+    """Manifests of the set: of a cross-layer transcoder, or of every wanted layer that has been trained so far.
 
     :raises UserError: there are none.
     """
-    root = wanted.results / "dictionaries"
-    whole = root / wanted.name / "cross_layer.json"
-    if whole.exists():
-        return [whole]
-    found = sorted(
-        (root / wanted.name).glob("mlp_in.*.json"), key=lambda path: depth_order(parse_site(path.stem))
-    )
-    if not found:
-        others = nearest(wanted.name, sets(wanted.results))
+    root = _set(wanted)
+    if wanted.architecture != "single" and (root / CROSS_LAYER).exists():
+        return [root / CROSS_LAYER]
+    found = sorted(root.glob("mlp_in.*.json"), key=lambda path: depth_order(parse_site(path.stem)))
+    if wanted.layers is not None:
+        found = [path for path in found if _layer(path.stem) in wanted.layers]
+    if wanted.architecture == "cross_layer" or not found:
+        train = f"train them with `{_command(wanted, 'transcoders')}`, " if wanted.architecture else ""
         raise UserError(
-            f"{root / wanted.name} holds no transcoders (mlp_in.L.json or cross_layer.json); train them with "
-            f"`snakemake --cores 2 -- transcoders`, name another set (--transcoders; {others}), or see where time goes "
-            "with --random 4608."
+            f"{root} holds no {_missing(wanted)}; {train}name another set (--transcoders; "
+            f"{nearest(wanted.name, sets(wanted.results))}), or see where time goes with --random 4608."
         )
     return found
 
@@ -143,6 +165,8 @@ def show(outcome: Outcome, wanted: Wanted) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in tables(outcome, wanted):
         console.print(table)
+    if not wanted.random:
+        console.print(used(outcome.graph, wanted))
     console.print(sentence(outcome))
     for file in outcome.files.values():
         console.print(f"  {file}", highlight=False)
@@ -174,16 +198,24 @@ def tables(outcome: Outcome, wanted: Wanted) -> list[Any]:
     return [phases, said, strongest] if not wanted.random else [phases]
 
 
+def used(graph: Graph, wanted: Wanted) -> str:
+    """The layers whose transcoders the graph has; the MLPs of the others are errors."""
+    there = graph.facts["layers_with_transcoder"]
+    missing = [layer for layer in range(int(graph.facts["n_layers"])) if layer not in there]
+    rest = f"; the MLPs of layers {_listed(missing)} are errors" if missing else ""
+    return f"Transcoders '{wanted.name}' of layers {_listed(there)}{rest}."
+
+
 def sentence(outcome: Outcome) -> str:
     """How far the graph went, how long all of it would take, its scores and the memory it took."""
-    graph, facts, phases = outcome.graph, outcome.graph.facts, outcome.clock.phases
+    graph, facts = outcome.graph, outcome.graph.facts
     done, active = int(facts["expanded_features"]), int(facts["active_features"])
-    rows = phases.get("rows", 0.0) + phases.get("order of influence", 0.0)
+    whole = outcome.clock.until(active) if done < active else None
     text = f"{done} of {active} active features have rows"
     if facts.get("stopped_early"):
         text += " (the time was up)"
-    if 0 < done < active:
-        text += f"; at this pace all would take about {rows * active / done:.1f} s"
+    if whole is not None:
+        text += f"; at this pace all would take about {whole:.1f} s"
     inner = int(outcome.kept.nodes[: graph.first_token].sum())
     found = outcome.scores
     return (
@@ -202,16 +234,23 @@ def wanted_of(
     features: int | None = None,
     seconds: float | None = None,
     random: int | None = None,
+    configfile: Path | None = None,
 ) -> Wanted:
     """What a configuration says about graphs, bounded by what the command says.
 
+    Of another set of transcoders than the configuration's all that lies in its folder is used.
+
     :param config: all sections, as plain values.
     :param results: folder of results of every model.
-    :raises UserError: no set of transcoders is named anywhere.
+    :param configfile: where the configuration is, for messages.
+    :raises UserError: no set of transcoders is named anywhere, or a bound is not above 0.
     """
+    _check_bounds({"--random": random, "--max-features": features, "--seconds": seconds})
     model, graphs = config["model"], config.get("graphs") or {}
-    folder = results / model["name"]
-    name = transcoders or (config.get("transcoders") or {}).get("name")
+    folder, section = results / model["name"], config.get("transcoders") or {}
+    name = transcoders or section.get("name")
+    said = section if name == section.get("name") else {}
+    layers = said.get("layers")
     if name is None and random is None:
         known = ", ".join(sets(folder)) or "none yet"
         raise UserError(
@@ -223,6 +262,9 @@ def wanted_of(
         prompt=prompt,
         results=folder,
         name=name or "random",
+        architecture=said.get("architecture"),
+        layers=None if layers is None else tuple(sorted(layers)),
+        configfile=configfile,
         settings=settings if features is None else few(settings, features),
         seconds=seconds,
         random=random,
@@ -250,13 +292,50 @@ def named_settings(values: Mapping[str, Any]) -> Settings:
     return Settings(**known)
 
 
-def _manifest(results: Path) -> Path:
-    path = results / "model" / "manifest.json"
+def _check_bounds(bounds: Mapping[str, float | None]) -> None:
+    for option, value in bounds.items():
+        if value is not None and not value > 0:
+            raise UserError(f"Option {option} is {value}, but it should be above 0.")
+
+
+def _manifest(wanted: Wanted) -> Path:
+    path = wanted.results / "model" / "manifest.json"
     if not path.exists():
+        target = f"results/{wanted.results.name}/model/manifest.json"
         raise UserError(
-            f"Model {results.name} is not prepared ({path} does not exist); run `snakemake --cores 2 -- {path}`."
+            f"Model {wanted.results.name} is not prepared ({path} does not exist); run `{_command(wanted, target)}`, "
+            "or name the folder that has its results (--results)."
         )
     return path
+
+
+def _command(wanted: Wanted, target: str) -> str:
+    """The call that makes a target of this configuration."""
+    chosen = f" --configfile {shlex.quote(str(wanted.configfile))}" if wanted.configfile else ""
+    return f"snakemake --cores 2{chosen} -- {target}"
+
+
+def _missing(wanted: Wanted) -> str:
+    """What a folder should hold and does not."""
+    if wanted.architecture == "cross_layer":
+        return f"cross-layer transcoder ({CROSS_LAYER})"
+    layers = "" if wanted.layers is None else f" of layers {_listed(wanted.layers)}"
+    either = "" if wanted.architecture == "single" else f" or {CROSS_LAYER}"
+    return f"transcoders{layers} (mlp_in.L.json{either})"
+
+
+def _set(wanted: Wanted) -> Path:
+    return wanted.results / "dictionaries" / wanted.name
+
+
+def _layer(site: str) -> int:
+    layer = parse_site(site).layer
+    assert layer is not None
+    return layer
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _write(folder: Path, wanted: Wanted, graph: Graph, kept: Kept, found: Scores) -> dict[str, Path]:

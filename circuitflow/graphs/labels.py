@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from circuitflow.errors import UserError
 from circuitflow.features.descriptions import Description, fires_on, promotes
 from circuitflow.features.tokens import visible
 from circuitflow.models.sites import parse_site
@@ -13,14 +14,21 @@ FIRES, PROMOTES = 3, 2
 
 
 def read_descriptions(path: Path) -> dict[tuple[int, int], Description]:
-    """Descriptions by (layer, feature), as the stage describe_graph_features writes them."""
-    found = {}
-    for described in read_json(path)["sites"]:
-        layer = parse_site(described["site"]).layer
-        assert layer is not None
-        for feature in described["features"]:
-            found[layer, int(feature["feature"])] = feature
-    return found
+    """Descriptions by (layer, feature), as the stage describe_graph_features writes them.
+
+    :raises UserError: the file is another.
+    """
+    value = read_json(path)
+    try:
+        return {
+            (_layer(described["site"]), int(feature["feature"])): feature
+            for described in value["sites"]
+            for feature in described["features"]
+        }
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"File {path} has no descriptions of graph features; name graphs/DICTIONARIES/features.json of a run."
+        ) from None
 
 
 def label(description: Description) -> str:
@@ -34,6 +42,13 @@ def labels(descriptions: Mapping[tuple[int, int], Description]) -> dict[tuple[in
     """Labels of features that have one."""
     found = {name: label(description) for name, description in descriptions.items()}
     return {name: words for name, words in found.items() if words}
+
+
+def _layer(site: str) -> int:
+    found = parse_site(site)
+    if found.kind != "mlp_in" or found.layer is None:
+        raise ValueError(f"{site} is not what an MLP reads")
+    return found.layer
 
 
 def _word(token: str) -> str:

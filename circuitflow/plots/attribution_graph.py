@@ -28,9 +28,9 @@ from circuitflow.plots.circuit_marks import (
     tint,
     widths,
 )
-from circuitflow.plots.graph_layout import BOTTOM, BOX, HEIGHT, LOGITS, TOKENS, Place, arrange
+from circuitflow.plots.graph_layout import BOTTOM, BOX, GAP, HEIGHT, LOGITS, TOKENS, Place, arrange
 from circuitflow.plots.graph_routes import rounded_curve, straight_routes
-from circuitflow.plots.numbers import counted, fixed, number, percent
+from circuitflow.plots.numbers import counted, fixed, number, percent, whole
 from circuitflow.plots.style import SMALL, Style, drawable, drawing, fitting, save, shown, style_of, wrapped
 
 MOST_COLUMNS = 16
@@ -140,8 +140,29 @@ def _frame(axes: Axes, picture: Picture, style: Style) -> None:
             axes.add_patch(Rectangle((0, low), layout.width, high - low, color=BAND, linewidth=0, zorder=0))
         axes.text(0.12, (low + high) / 2, name, fontweight="bold", va="center_baseline", zorder=4)
     top = place.bands[LOGITS][0] if LOGITS in place.bands else layout.height - 0.6
+    line: dict[str, Any] = {"color": style.palette.grid, "linewidth": 0.8, "zorder": 0.5}
     for x in sorted({x for left, width in place.columns.values() for x in (left, left + width)}):
-        axes.plot([x, x], [place.bands[TOKENS][0], top], color=style.palette.grid, linewidth=0.8, zorder=0.5)
+        axes.plot([x, x], [place.bands[TOKENS][0], top], **line)
+    if LOGITS in place.bands:
+        _last_column(axes, picture, line)
+        low, high = place.bands[LOGITS]
+        axes.text(
+            0.12, (low + high) / 2 - 0.16, f"after {graph.n_pos - 1}", fontsize=style.font_size * SMALL,
+            va="center_baseline", color=style.palette.muted, zorder=4,
+        )  # fmt: skip
+
+
+def _last_column(axes: Axes, picture: Picture, line: Mapping[str, Any]) -> None:
+    """Borders of the last column go on around the logits, which are its next token."""
+    place, graph = picture.place, picture.view.graph
+    low, high = place.bands[LOGITS]
+    left, width = place.columns[graph.n_pos - 1]
+    boxes = [place.layout.places[str(node)][0] for node in range(graph.first_logit, graph.n_nodes)]
+    for border, outer in (
+        (left, min(left, min(boxes) - GAP)),
+        (left + width, max(left + width, max(boxes) + BOX + GAP)),
+    ):
+        axes.plot([border, outer, outer], [low, low, high], **line)
 
 
 def _edges(axes: Axes, picture: Picture, style: Style) -> None:
@@ -296,12 +317,21 @@ def note(picture: Picture) -> str:
     scores = facts.get("scores") or {}
     if scores:
         values = ", ".join(f"{name} {fixed(float(scores[name]))}" for name in ("replacement", "completeness"))
-        said.append(f"Scores of the whole graph: {values}.")
+        said.append(f"Scores of {_scored(graph.facts)}: {values}.")
     directions = (graph.logits == NO_TOKEN).any()
     weighted = "Combinations of logits have a weight in its place. " if directions else ""
     said.append(
         "Edges are direct effects with attention patterns and norm scales held; their width is their share of the "
-        "influence on the outputs, and so is the tint of nodes. Percentages at the top: probability of the next token. "
+        "influence on the outputs, and so is the tint of nodes. Percentages at the top: probability of the token after "
+        f"the last position ({graph.n_pos - 1}). "
         f"{weighted}One prompt, so nothing is sampled."
     )
     return " ".join(said)
+
+
+def _scored(facts: Mapping[str, Any]) -> str:
+    """Of what part of the graph its scores are."""
+    done, active = facts.get("expanded_features"), facts.get("active_features")
+    if done is None or active is None or done >= active:
+        return "the whole graph"
+    return f"the part that has rows ({whole(done)} of {counted(active, 'active feature')})"

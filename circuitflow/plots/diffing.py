@@ -24,8 +24,9 @@ NOTE = (
     "ρ is the second model's decoder norm over both models', each in units of its own spread: 0 the first alone, 1 the "
     "second. ν is what the other model holds along an exclusive feature's direction over what its own does (latent "
     "scaling, Minder et al. 2025): in the error, with the feature's own part put back, and in the reconstruction, the "
-    "other model's without that part, its own model's whole. Thin lines: 95 % intervals, bootstrap over blocks; values "
-    "beyond the axes stand at their ends."
+    "other model's without that part, its own model's whole. Thin lines: 95 % intervals, bootstrap over blocks; "
+    "filled: both intervals end below the dotted lines, hollow: not borne out; values beyond the axes stand at their "
+    "ends."
 )
 NU_RANGE = (-0.25, 1.5)
 """Of ν in the figure; ratios beyond stand at the edge."""
@@ -107,7 +108,7 @@ def _cosines(axes: Axes, alive: Table, style: Style) -> None:
 
 
 def _check(axes: Axes, alive: Table, summary: Mapping[str, Any], style: Style) -> None:
-    """Latent scaling of exclusive features; in the corner at the lower left are those that hold."""
+    """Latent scaling of exclusive features; filled those that hold, in the corner at the lower left."""
     bounds = summary["bounds"]
     known = _known(alive)
     axes.set(
@@ -117,10 +118,12 @@ def _check(axes: Axes, alive: Table, summary: Mapping[str, Any], style: Style) -
     for name in ("base", "tuned"):
         here = known & (alive["class"] == name)
         shown += int(here.sum())
-        if here.any():
-            _with_intervals(
-                axes, {key: column[here] for key, column in alive.items()}, _colours(style)[name], name
-            )
+        sound = alive["verdict"] == "exclusive"
+        for part, filled in ((here & sound, True), (here & ~sound, False)):
+            if part.any():
+                _with_intervals(
+                    axes, {key: column[part] for key, column in alive.items()}, name, filled, style
+                )
     axes.axvline(bounds["error_ratio"], color=style.palette.muted, linewidth=0.9, linestyle=":")
     axes.axhline(bounds["reconstruction_ratio"], color=style.palette.muted, linewidth=0.9, linestyle=":")
     axes.set_title(f"Are exclusive features missing in the other model? (n = {whole(shown)})")
@@ -140,15 +143,18 @@ def _known(alive: Table) -> np.ndarray:
     return np.isfinite(alive["nu_error"]) & np.isfinite(alive["nu_reconstruction"])
 
 
-def _with_intervals(axes: Axes, part: Table, colour: str, name: str) -> None:
+def _with_intervals(axes: Axes, part: Table, name: str, filled: bool, style: Style) -> None:
     def inside(column: np.ndarray) -> np.ndarray:
         return np.clip(column, *NU_RANGE)
 
     x, y = inside(part["nu_error"]), inside(part["nu_reconstruction"])
+    colour = _colours(style)[name]
     look: dict[str, Any] = {"color": colour, "alpha": 0.25, "linewidth": 0.8}
     axes.hlines(y, inside(part["nu_error_low"]), inside(part["nu_error_high"]), **look)
     axes.vlines(x, inside(part["nu_reconstruction_low"]), inside(part["nu_reconstruction_high"]), **look)
-    axes.scatter(x, y, s=14, color=colour, linewidths=0, alpha=0.85, label=NAMES[name])
+    label = f"{NAMES[name]}{'' if filled else ', not borne out'}: {whole(len(x))}"
+    face = colour if filled else style.palette.paper
+    axes.scatter(x, y, s=14, facecolors=face, edgecolors=colour, linewidths=0.9, alpha=0.85, label=label)
 
 
 def _densities(axes: Axes, alive: Table, summary: Mapping[str, Any], style: Style) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from circuitflow.jobs import Output
 from circuitflow.plots.numbers import percent
@@ -26,14 +27,15 @@ from circuitflow.plots.tables import Table, rows
 from circuitflow.store.tables import read_provenance, read_table
 
 EDGES, NAMED = 14, 3
+PARTS = ("no head", "its largest head", "second", "third", "other heads")
 CELL = 0.24  # inches
 NOTE = (
     "Prompt: {prompt} The {edges} strongest edges of the pruned graph ({flow} of the influence along all "
     "edges), patterns held. Each edge is split by the last head on its paths, the one nearest to the target; "
     "left: shares of the edges, weighted by influence: all cells and the direct part ({direct}: no head on the"
     " way) sum to 100 %; below 0: against the sign of the edge. Right: the {shown} strongest edges that any "
-    "head carries: the part without a head, the three largest by layer.head, and all others; features are "
-    "layer_number @position."
+    "head carries: the part without a head, the three largest of its heads (L1H0: layer 1, head 0), and all others; "
+    "features are layer_number @position."
 )
 
 
@@ -127,7 +129,8 @@ def _edges(
 ) -> None:
     """Stacked parts of each edge: direct, its strongest heads by name, all others."""
     axes.set(title="Strongest edges that heads carry", xlabel="part of the edge (%)")
-    colours = (style.palette.feature, style.palette.train, style.palette.error)
+    palette = style.palette
+    colours = (palette.feature, palette.train, palette.error)
     names = []
     for row, (source, target) in enumerate(edges):
         part = rows(table, source=source, target=target)
@@ -136,17 +139,17 @@ def _edges(
         order = carried[np.argsort(-np.abs(share[carried]), kind="stable")]
         ends = {True: 0.0, False: 0.0}
         direct = share[part["layer"] < 0].sum()
-        pieces = [(direct, style.palette.muted, "direct")]
+        pieces = [(direct, palette.muted, "no head")]
         pieces += [
-            (share[i], colour, f"{part['layer'][i]}.{part['head'][i]}")
+            (share[i], colour, f"L{part['layer'][i]}H{part['head'][i]}")
             for i, colour in zip(order[:NAMED], colours, strict=False)
         ]
-        pieces.append((share[order[NAMED:]].sum(), style.palette.grid, "others"))
+        pieces.append((share[order[NAMED:]].sum(), palette.grid, ""))
         for value, colour, name in pieces:
             if not value:
                 continue
             axes.barh(row, value, left=ends[value > 0], height=0.72, color=colour)
-            if abs(value) > 12 and name != "others":
+            if abs(value) > 14:
                 middle = ends[value > 0] + value / 2
                 axes.text(
                     middle, row, name, ha="center", va="center", color=style.palette.paper,
@@ -160,5 +163,12 @@ def _edges(
     if not edges:
         axes.text(0.5, 0.5, "no head carries a tenth of an edge", ha="center", transform=axes.transAxes)
         axes.set_xticks([])
+    else:
+        axes.legend(
+            handles=[Patch(color=colour, label=label) for colour, label in zip(
+                (palette.muted, *colours, palette.grid), PARTS, strict=True
+            )],
+            loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=len(PARTS), handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
     grid(axes, "x")
     axes.tick_params(axis="y", length=0)

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from circuitflow.jobs import Output
 from circuitflow.plots.numbers import MINUS, fixed, interval, number
 from circuitflow.plots.scales import log_axis
 from circuitflow.plots.style import (
     SMALL,
+    TINY,
     Style,
     drawable,
     drawing,
@@ -23,6 +24,7 @@ from circuitflow.plots.style import (
     save,
     shown,
     style_of,
+    text_width,
 )
 from circuitflow.plots.tables import Table, rows
 from circuitflow.store.tables import read_provenance, read_table
@@ -82,7 +84,7 @@ def draw(interventions: Table, effects: Table, agreement: Table, prompt: str, st
             axes = figure.add_subplot(cells[place])
             fit = rows(agreement, mode=each, target=target)
             left_out += _agreement(axes, rows(effects, mode=each, target=target), fit, style)
-            axes.set_title(f"{TARGETS[target][0]}, {each}\n{_said(fit)}", fontsize=style.font_size * 0.78)
+            axes.set_title(f"{TARGETS[target][0]}, {each}\n{_said(fit)}", fontsize=style.font_size * TINY)
             axes.set_xlabel("predicted" if line else "")
             if not place:
                 axes.set_ylabel(f"measured\n{TARGETS[target][1]}", fontsize=style.font_size * SMALL)
@@ -148,9 +150,26 @@ def _probabilities(axes: Axes, part: Table, name: str, style: Style, width: floa
     log_axis(axes, "x", [*before, *after])
     axes.set_xlabel("probability")
     size = style.font_size
+    few_ticks(axes, width, size)
     operation = fitting(drawable(str(part["operation"][0])), width, size * SMALL)
     axes.set_title(f"{fitting(drawable(name), width, size)}\n{operation} ({int(part['held'][0])} held)")
     grid(axes, "x")
+
+
+def few_ticks(axes: Axes, width: float, size: float) -> None:
+    """Leave out ticks of a logarithmic x axis, ``width`` inches long, until their labels do not meet."""
+    if axes.get_xscale() != "log":
+        return
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    named = axes.xaxis.get_major_formatter().format_ticks(ticks)
+    places = width * np.log(np.array(ticks) / low) / np.log(high / low)
+    half = np.array([text_width(name, size) + size / 72 for name in named]) / 2
+    for step in range(1, len(ticks) + 1):
+        left, right = (places - half)[::step], (places + half)[::step]
+        if (left[1:] >= right[:-1]).all():
+            axes.xaxis.set_major_locator(FixedLocator(ticks[::step]))
+            return
 
 
 def _agreement(axes: Axes, part: Table, fit: Table, style: Style) -> int:

@@ -12,6 +12,7 @@ GAP = 0.1
 """Between boxes side by side: edges pass there."""
 EMPTY = 0.72
 """Width of a column without nodes: its token must be readable."""
+LOGITS_ABREAST = 5
 PAD = 0.1
 """Between the boxes of a row and its border, together."""
 TOKENS, LOGITS = "tokens", "logits"
@@ -37,7 +38,7 @@ def arrange(layers: Mapping[int, Cell], tokens: Mapping[int, str], logits: Seque
 
     :param layers: nodes by layer, from the lowest on, and by position.
     :param tokens: name of the node of each token, by position.
-    :param logits: names of the logits, the most probable first; they stand in one row that ends at the right.
+    :param logits: names of the logits, the most probable first; they stand above the last position.
     """
     rows = {f"layer {layer}": cell for layer, cell in layers.items()}
     side = _side_by_side(list(rows.values()), list(tokens))
@@ -46,7 +47,7 @@ def arrange(layers: Mapping[int, Cell], tokens: Mapping[int, str], logits: Seque
         width = side[at] * (BOX + GAP) + GAP if side[at] else EMPTY
         columns[at] = (x, width)
         x += width
-    width = max(WIDTH, x + RIGHT, LEFT + len(logits[:8]) * (BOX + GAP) + RIGHT)
+    width = max(WIDTH, x + RIGHT, LEFT + len(logits[:LOGITS_ABREAST]) * (BOX + GAP) + RIGHT)
     lines: list[Line] = []
     bands: dict[str, tuple[float, float]] = {}
     found: dict[str, tuple[float, float]] = {}
@@ -60,7 +61,7 @@ def arrange(layers: Mapping[int, Cell], tokens: Mapping[int, str], logits: Seque
         if levels:
             bands[name] = (y, y + len(levels) * PITCH + PAD)
             y = bands[name][1]
-    y = _logits(logits, width, y, found, lines, bands)
+    y = _logits(logits, columns[max(columns)], y, found, lines, bands)
     line_of = {node: number for number, line in enumerate(lines) for node in line.nodes}
     grid = Grid(width=width, left=LEFT, right=RIGHT, box=BOX, height=HEIGHT)
     layout = Layout(found, line_of, tuple(lines), (0.0, 0.0), width, y + TOP)
@@ -69,19 +70,25 @@ def arrange(layers: Mapping[int, Cell], tokens: Mapping[int, str], logits: Seque
 
 def _logits(
     logits: Sequence[str],
-    width: float,
+    column: tuple[float, float],
     y: float,
     found: dict[str, tuple[float, float]],
     lines: list[Line],
     bands: dict[str, tuple[float, float]],
 ) -> float:
-    """Rows of logits, the most probable at the right end of the upper one; gives the height at which they end."""
-    room = max(1, int((width - LEFT - RIGHT + GAP) // (BOX + GAP)))
+    """Rows of logits above a column, the most probable at the right end of the upper one; gives where they end.
+
+    Rows that are wider than the column end where it ends, unless they would leave the drawing at the left.
+    """
+    fitting = int((column[1] - GAP) // (BOX + GAP))
+    room = max(LOGITS_ABREAST, fitting)
+    wide = min(len(logits), room) * (BOX + GAP) + GAP
+    end = max(column[0] + column[1] - max(column[1] - wide, 0) / 2, LEFT + wide)
     parts = [logits[start : start + room] for start in range(0, len(logits), room)]
     start = y
     for number, part in enumerate(reversed(parts)):
         middle = y + PAD / 2 + PITCH / 2
-        first = width - RIGHT - len(part) * (BOX + GAP) + GAP
+        first = end - len(part) * (BOX + GAP)
         for place, node in enumerate(reversed(part)):
             found[node] = (first + place * (BOX + GAP), middle)
         lines.append(Line(LOGITS, tuple(reversed(part)), number == 0, middle))

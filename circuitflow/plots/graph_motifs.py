@@ -40,11 +40,12 @@ def draw(motifs: Table, totals: Table, level: float, style: Style) -> Figure:
     """The figure, from both tables."""
     lengths = list(dict.fromkeys(int(length) for length in totals["length"]))
     graphs = int(max(totals["graphs"], default=0))
+    least = int(min(totals["graphs"], default=0))
     tall = [max(3, min(CHAINS, len(rows(motifs, length=length)["chain"]))) for length in lengths]
     figure = new_figure(10.0, sum(0.24 * n + 1.15 for n in tall) + 0.9)
     spec = figure.add_gridspec(max(len(lengths), 1), 2, width_ratios=(1.5, 1), height_ratios=tall or None)
     for line, length in enumerate(lengths):
-        _chains(figure.add_subplot(spec[line, 0]), rows(motifs, length=length), length, graphs, style)
+        _chains(figure.add_subplot(spec[line, 0]), rows(motifs, length=length), length, graphs, least, style)
         _totals(figure.add_subplot(spec[line, 1]), rows(totals, length=length), line, style)
     found = [
         f"{whole(rows(motifs, length=length)['recurring'].sum())} of length {length}" for length in lengths
@@ -53,13 +54,13 @@ def draw(motifs: Table, totals: Table, level: float, style: Style) -> Figure:
     return figure
 
 
-def _chains(axes: Axes, motifs: Table, length: int, graphs: int, style: Style) -> None:
+def _chains(axes: Axes, motifs: Table, length: int, graphs: int, least: int, style: Style) -> None:
     n = min(CHAINS, len(motifs["chain"]))
     axes.set(title=f"Chains of {length} features", xlabel="graphs")
     axes.set_xlim(0, graphs * 1.04)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if not n:
-        axes.text(0.5, 0.5, "no chain is in enough graphs", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, f"no chain is in {least} graphs or more", ha="center", transform=axes.transAxes)
         axes.set_yticks([])
         return
     for place in range(n):
@@ -99,9 +100,10 @@ def _totals(axes: Axes, totals: Table, line: int, style: Style) -> None:
     axes.plot(x, totals["observed"], "o-", color=style.palette.feature, markersize=4, label="observed")
     axes.set(title="How many recur", xlabel="in at least so many graphs", ylabel="chains")
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.5, axes.get_ylim()[1]))
     axes.yaxis.set_major_formatter(lambda value, _: whole(value))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlim(x.min() - 0.5, x.max() + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     if not line:
         axes.legend(loc="upper right")
     grid(axes)

@@ -137,5 +137,5 @@ def _dead(axes: Axes, table: Table, sites: list[str], style: Style) -> None:
         found = rows(table, quantity=quantity)
         if np.isfinite(found["value"].astype(float)).any():
             _series(axes, found, sites, colour, style, label)
-    axes.set_ylim(0, max(0.02, axes.get_ylim()[1]))
+    axes.set_ylim(0, max(0.02, 1.08 * axes.get_ylim()[1]))
     axes.legend(loc="best")

@@ -32,8 +32,14 @@ def plot_spanning_training(inputs: Mapping[str, Any], params: Mapping[str, Any],
     """
     style = style_of(params)
     given = inputs["dictionaries"]
+    manifests = [Path(path) for path in (given if isinstance(given, list | tuple) else [given])]
     with drawing(style):
-        save(draw(read_curves(given if isinstance(given, list | tuple) else [given]), style), out, style)
+        save(draw(read_curves(manifests), style, has_layers(manifests)), out, style)
+
+
+def has_layers(manifests: Sequence[Path]) -> bool:
+    """Whether one training is of features of several layers, as that of a cross-layer transcoder is."""
+    return any(len(read_manifest(path, kind="dictionary").details["writes"]) > 1 for path in manifests)
 
 
 def read_curves(manifests: Sequence[Path]) -> Lines:
@@ -57,8 +63,8 @@ def read_curves(manifests: Sequence[Path]) -> Lines:
     return found
 
 
-def draw(curves: Lines, style: Style) -> Figure:
-    """The figure, from curves by name."""
+def draw(curves: Lines, style: Style, layers: bool = False) -> Figure:
+    """The figure, from curves by name; with ``layers`` L0 and dead features are of several layers at once."""
     figure = new_figure(7.8, 3.3)
     panels = figure.subplots(1, 3)
     for axes, (quantity, title, unit) in zip(
@@ -77,7 +83,7 @@ def draw(curves: Lines, style: Style) -> Figure:
     if len(panels[0].lines) > 1:
         panels[0].legend(loc="best")
     trainings = sum(name.startswith("l0") for name in curves)
-    together = ", of all layers together" if any("+" in name for name in curves) else ""
+    together = ", of all layers together" if layers else ""
     n = f"{trainings} training" + ("s" if trainings != 1 else "")
     footnote(figure, NOTE.format(of=together, n=n), style)
     return figure

@@ -237,6 +237,13 @@ def test_words_that_the_tokenizer_does_not_know_are_told(random_lm):
     lm = random_lm("llama")
     with pytest.raises(UserError, match=r"'The zebra near the quagga' has words .*\(zebra, quagga\)"):
         build_graph(lm, random_family(lm), "The zebra near the quagga")
+    for prompt, said in (
+        ("The teacher ", r"^Prompt 'The teacher ' has white space at its end that .*; take it out"),
+        ("The  teacher", "white space between words that"),
+        ("The teacher " * 400, r"^Prompt '.{81}' has white space at its end"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tokenized(lm.tokenizer, prompt)
     assert tokenized(lm.tokenizer, "The teacher")[1].tolist() == lm.tokenizer("The teacher")["input_ids"]
 
 

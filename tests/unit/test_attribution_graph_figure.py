@@ -17,7 +17,7 @@ from circuitflow.graphs.graph import NO_TOKEN
 from circuitflow.graphs.influence import prune, scores
 from circuitflow.jobs import Output
 from circuitflow.plots.attribution_graph import Picture, draw, note, plot_attribution_graph
-from circuitflow.plots.graph_layout import BOX, HEIGHT, LOGITS, TOKENS, arrange
+from circuitflow.plots.graph_layout import BOX, GAP, HEIGHT, LEFT, LOGITS, TOKENS, arrange
 from circuitflow.plots.graph_routes import rounded_curve, straight_routes
 from circuitflow.plots.numbers import THIN, counted
 from circuitflow.plots.style import Style, drawing
@@ -74,6 +74,40 @@ def test_deeper_layers_stand_higher_and_nodes_in_their_columns(file: Path) -> No
         assert x + BOX <= left + width + 1e-9
         assert bottom < y - HEIGHT / 2
         assert y + HEIGHT / 2 < top
+
+
+@pytest.mark.parametrize(("logits", "rows"), [(3, 1), (10, 2)])
+def test_logits_stand_above_the_last_position(logits: int, rows: int) -> None:
+    names = [f"out{number}" for number in range(logits)]
+    tokens = {0: "t0", 1: "t1", 2: "t2"}
+    for last in (["a"], [f"a{number}" for number in range(9)]):
+        place = arrange({0: {0: ["b", "c", "d"], 2: last}}, tokens, names)
+        boxes = [place.layout.places[name] for name in names]
+        left, width = place.columns[2]
+        wide = min(logits, 5) * (BOX + GAP) + GAP
+        assert len({y for _, y in boxes}) == rows
+        assert min(x for x, _ in boxes) >= min(left, left + width - wide)
+        assert max(x for x, _ in boxes) + BOX <= max(left + width, LEFT + wide)
+        top = max(y for _, y in boxes)
+        assert place.layout.places["out0"] == (max(x for x, y in boxes if y == top), top)
+
+
+def test_the_last_column_goes_on_around_the_logits(file: Path) -> None:
+    picture = picture_of(file)
+    with drawing(STYLE):
+        axes = draw(picture, STYLE).axes[0]
+    low, high = picture.place.bands[LOGITS]
+    left, width = picture.place.columns[picture.view.graph.n_pos - 1]
+    borders = [line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 3]
+    assert [list(border[0]) for border in borders] == [[left, low], [left + width, low]]
+    assert {border[2][1] for border in borders} == {high}
+    logits = [
+        picture.place.layout.places[str(node)][0]
+        for node in range(picture.view.graph.first_logit, picture.view.graph.n_nodes)
+    ]
+    assert borders[0][2][0] < min(logits)
+    assert borders[1][2][0] > max(logits) + BOX
+    assert f"after {picture.view.graph.n_pos - 1}" in [text.get_text() for text in axes.texts]
 
 
 def test_boxes_do_not_meet(file: Path) -> None:
@@ -176,6 +210,18 @@ def test_the_note_tells_scores_pruning_and_counts(file: Path) -> None:
     assert "Pruned: nodes to 75\u202f%, edges to 90\u202f% of their influence" in told
     assert "kept of 500" in told
     assert f"the 120 strongest of {len(picture.view.kept.edges)} edges" in told
+
+
+@pytest.mark.parametrize(
+    ("expanded", "said"),
+    [(64, "the part that has rows (64 of 599 active features)"), (599, "the whole graph")],
+)
+def test_the_note_tells_of_what_part_the_scores_are(file: Path, expanded: int, said: str) -> None:
+    picture = picture_of(file)
+    graph = picture.view.graph
+    facts = {**graph.facts, "expanded_features": expanded, "active_features": 599}
+    changed = replace(picture, view=replace(picture.view, graph=replace(graph, facts=facts)))
+    assert f"Scores of {said}: replacement" in note(changed)
 
 
 def test_long_prompts_show_the_columns_that_matter() -> None:

@@ -233,6 +233,11 @@ def test_converting_whole_sets(tmp_path: Path) -> None:
         convert_all(ours, tmp_path / "back", None, "circuitflow")
     with pytest.raises(UserError, match=r"Path .*nowhere does not exist"):
         convert_all(tmp_path / "nowhere", tmp_path / "new", None, "circuitflow")
+    (tmp_path / "single").mkdir()
+    save_dictionary(tmp_path / "single" / "mlp_in.0.safetensors", single().members[0])
+    assert "1 dictionary with 5 features" in convert_all(
+        tmp_path / "single", tmp_path / "d", None, "circuitflow"
+    )
     one = convert(str(tmp_path / "theirs" / "layer_1.safetensors"), tmp_path / "one", None, "circuit_tracer")
     assert "5 features at mlp_in.1 → mlp.1" in one
     with pytest.raises(UserError, match="Format 'gemma_scope' cannot be written"):

@@ -116,6 +116,10 @@ MISTAKES = [
     (put("dictionaries/kind", "topkk"), "Key dictionaries.kind is topkk; did you mean 'topk'?"),
     (put("dictionaries/training/learning_rate", "1e-3"), "(YAML reads 3e-4 as text: write 3.0e-4)"),
     (
+        put("dictionaries/training/learning_rate", "nan"),
+        "learning_rate is 'nan', but it should be a valid number.",
+    ),
+    (
         put("dictionaries/overrides", {"resid.13": {"k": 3}}),
         "Key dictionaries.overrides.resid.13 names a site",
     ),
@@ -193,7 +197,87 @@ MISTAKES = [
     (put("effects", {"curves": ["resid.12/error"]}), "has no value to scale"),
     (put("error_nodes/ranges", [["resid.18", "resid.6"]]), "write [resid.6, resid.18]"),
     (put("error_nodes/restore_ranges", [["resid.18", "resid.6"]]), "Key error_nodes.restore_ranges has"),
-    (put("error_nodes/ranges", [["resid.6"]]), "it takes 2 entries"),
+    (
+        put("error_nodes/ranges", [["resid.6"]]),
+        "Key error_nodes.ranges.0 is ['resid.6']; it takes at least 2 entries, a range its first and last site.",
+    ),
+    (
+        put("crosscoder/sites", ["resid.6"]),
+        "Key crosscoder.sites is ['resid.6']; it takes at least 2 entries.",
+    ),
+    (diffing(shared=[0.3]), "Key diffing.shared is [0.3]; it takes at least 2 entries."),
+    (diffing(shared=[0.3, 0.5, 0.7]), "Key diffing.shared is [0.3, 0.5, 0.7]; it takes at most 2 entries."),
+    (diffing(shared=[0.7, 0.3]), "Key diffing.shared is [0.7, 0.3], but the two bounds should ascend"),
+    (diffing(tuning=None), "Key diffing: name a second model (model), or how"),
+    (
+        put("crosscoder/sites", ["resid.6"] * 2),
+        "Key crosscoder.sites is ['resid.6', 'resid.6'], but it should",
+    ),
+    (put("transcoders/layers", []), "Key transcoders.layers is [], but it should name each layer once"),
+    (
+        put("transcoders/layers", [0, 0]),
+        "Key transcoders.layers is [0, 0], but it should name each layer once",
+    ),
+    (
+        put("transcoders/kind", "pretrained"),
+        "Key transcoders: kind pretrained and source belong together.",
+    ),
+    (
+        put("transcoders/training/resample_every", 5),
+        "Key transcoders.training.resample_every is 5, but new features would be drawn",
+    ),
+    (
+        put("transcoders/overrides", {3: {"kk": 2}}),
+        "Unknown key transcoders.overrides.3.kk; did you mean 'k'? valid: bandwidth, d_dict, dead",
+    ),
+    (
+        put("transcoders/overrides", {3: {"training": {"epoch": 2}}}),
+        "Unknown key transcoders.overrides.3.training.epoch; did you mean 'epochs'?",
+    ),
+    (
+        put("transcoders/overrides", {3: {"k": 0}}),
+        "Key transcoders.overrides.3.k is 0, but it should be greater",
+    ),
+    (
+        put(
+            "transcoders/overrides", {3: {"kind": "pretrained", "source": {"format": "decoder", "path": "x"}}}
+        ),
+        "Key transcoders.overrides.3.kind is 'pretrained', but overrides cannot",
+    ),
+    (
+        lambda config: config["transcoders"].update(
+            architecture="cross_layer", kind="jumprelu", target_l0=4.0
+        ),
+        "Key transcoders.target_l0 is 4.0, but cross_layer jumprelu aims at no L0; remove it, and set penalty.",
+    ),
+    (
+        put("dictionaries/overrides", {"resid.12": {"source": {"path": "x"}}}),
+        "Key dictionaries.overrides.resid.12.source.format is missing; add it (config.schema.json lists every key).",
+    ),
+    (
+        put("dictionaries/overrides", {"resid.12": {"overrides": {}}}),
+        "Unknown key dictionaries.overrides.resid.12.overrides; valid: bandwidth,",
+    ),
+    (put("dictionaries/source", {"format": "decoder", "path": 3}), "Key dictionaries.source.path is 3, but"),
+    (put("model/source", {"kind": "path", "path": 3}), "Key model.source.path is 3, but"),
+    (
+        put("model/source", {"kind": "path", "path": "qqqqqqqqqqqq"}),
+        "names qqqqqqqqqqqq, which does not exist.",
+    ),
+    (
+        second({"kind": "hub", "id": "a/b"}),
+        "Key diffing.model.revision is missing; add it (config.schema.json",
+    ),
+    (
+        diffing(tuning={"text": {"kind": "task", "answers": "rigt"}}),
+        "Key diffing.tuning.text.answers is rigt; did you mean 'right'?",
+    ),
+    (
+        diffing(tuning={"text": {"kind": "task", "answer": "right"}}),
+        "Unknown key diffing.tuning.text.answer; did",
+    ),
+    (put("task/metric", {"position": "lasst"}), "Key task.metric.position is lasst; did you mean 'last'?"),
+    (put("seed", {f"key-{number}": number for number in range(50)}), "…, but it should be a valid integer."),
     (put("error_nodes/kinds", ["residual"]), "Key error_nodes.kinds.0 is 'residual'; did you mean 'resid'?"),
     (put("error_nodes/baselines", ["nearst"]), "did you mean 'nearest'?"),
     (put("comparison/others", {"b": "results/no/such"}), "names results/no/such, which does not exist"),

@@ -26,6 +26,7 @@ def test_settings_hold_what_the_kind_and_the_architecture_use():
     assert {"saturation", "dead_penalty", "bandwidth"} <= set(across.of_layer(0))
     assert "target_l0" not in across.of_layer(0)
     assert "resample_every" not in single.of_layer(0)["training"]
+    assert section(target_l0=4.0).of_layer(0) == section().of_layer(0)  # what the kind does not use
     own = CrosscoderSection(name="c", sites=["resid.1", "resid.2"]).settings()
     assert own["kind"] == "batchtopk"
     assert "skip" not in own
@@ -64,8 +65,8 @@ def test_sources_are_those_of_layers_and_come_once_where_layers_belong_together(
     [
         ({"kind": "pretrained"}, "kind pretrained and source belong together"),
         ({"source": {"format": "circuit_tracer", "path": "x"}}, "kind pretrained and source belong together"),
-        ({"layers": []}, "layers should name each layer once"),
-        ({"layers": [1, 1]}, "layers should name each layer once"),
+        ({"layers": []}, "should name each layer once"),
+        ({"layers": [1, 1]}, "should name each layer once"),
         ({"architecture": "cross_layer", "overrides": {0: {"k": 3}}}, "trained together"),
         ({"overrides": {0: {"kk": 3}}}, "kk"),
         (
@@ -73,6 +74,7 @@ def test_sources_are_those_of_layers_and_come_once_where_layers_belong_together(
             "pretrained",
         ),
         ({"kind": "gated"}, "kind"),
+        ({"kind": "jumprelu", "architecture": "cross_layer", "target_l0": 4.0}, "aims at no L0"),
         ({"training": {"resample_every": 10}}, "training.resample_every"),
     ],
 )

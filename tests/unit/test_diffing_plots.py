@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from circuitflow.jobs import Output
@@ -83,6 +84,18 @@ def test_ratios_beyond_the_axes_stand_at_their_ends() -> None:
         [dots.get_offsets() for dots in figure.axes[2].collections if len(dots.get_offsets()) > 1]
     )
     assert offsets[:, 0].max() == diffing.NU_RANGE[1]  # 3.0 in the table
+
+
+def test_features_that_the_check_bears_out_are_filled() -> None:
+    axes = drawn(features()).axes[2]
+    dots = {str(group.get_label()): group for group in axes.collections if "alone" in str(group.get_label())}
+    assert list(dots) == [
+        "first model alone: 1", "second model alone: 1", "second model alone, not borne out: 2",
+    ]  # fmt: skip
+    assert dots["second model alone: 1"].get_offsets()[0, 0] == 0.02
+    paper = to_rgb(Style().palette.paper)
+    hollow = {name: tuple(group.get_facecolor()[0][:3]) == paper for name, group in dots.items()}
+    assert list(hollow.values()) == [False, False, True]
 
 
 def test_tables_without_exclusive_or_shared_features_say_so() -> None:

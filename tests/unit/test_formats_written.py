@@ -251,6 +251,19 @@ def test_what_is_written_is_read_again(tmp_path: Path, name: str) -> None:
     same_codes(replace(again, skip=Skip()), replace(dictionary, skip=Skip()))
 
 
+@pytest.mark.parametrize("sites", [("resid.2", "resid.2"), ("mlp_in.2", "mlp.2")])
+@pytest.mark.parametrize("folder", ["d", "layers.5"])
+def test_sparsify_folders_that_we_wrote_tell_their_sites(
+    tmp_path: Path, sites: tuple[str, str], folder: str
+) -> None:
+    reads, writes = sites
+    write_dictionary(
+        "sparsify", tmp_path / folder, replace(dictionary_of("topk"), reads=(reads,), writes=(writes,))
+    )
+    again = load("sparsify", tmp_path / folder)
+    assert (again.reads, again.writes) == ((reads,), (writes,))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_equal_dictionaries_give_equal_bytes_and_tell_their_rule(tmp_path: Path, name: str) -> None:
     dictionary = replace(dictionary_of("topk"), skip=Skip((0,), 3.0), notes={"step": 7})

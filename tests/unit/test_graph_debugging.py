@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 from circuitflow.dictionaries.dictionary import save_dictionary
 from circuitflow.errors import UserError
 from circuitflow.graphs import debugging
-from circuitflow.graphs.building import Settings
+from circuitflow.graphs.building import Clock, Settings
 from circuitflow.graphs.debugging import (
     Outcome,
     Wanted,
@@ -25,6 +26,8 @@ from circuitflow.graphs.debugging import (
     slug,
     tables,
     transcoder_files,
+    used,
+    wanted_family,
     wanted_of,
 )
 from circuitflow.graphs.formats.viewer_reading import read_viewer
@@ -130,12 +133,81 @@ def test_a_set_of_transcoders_is_found_and_listed(
     assert [path.stem for path in transcoder_files(mine)] == ["mlp_in.0", "mlp_in.2"]
     found = run(mine, None)
     assert found.graph.facts["layers_with_transcoder"] == [0, 2]
+    assert used(found.graph, mine) == "Transcoders 'mine' of layers 0, 2; the MLPs of layers 1, 3 are errors."
     text = printed(found, mine)
     assert "Features of most influence" in text
     best = int((-found.kept.influence[: found.graph.first_error]).argsort()[0])
     assert found.graph.node_id(best) in text
     with pytest.raises(UserError, match=r"holds no transcoders .*did you mean 'mine'.*--random 4608"):
         run(replace(mine, name="mines"), None)
+
+
+def trained(results: Path, *names: str) -> None:
+    """Files where a set of transcoders has its manifests."""
+    folder = results / "toy" / "dictionaries" / "mine"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / f"{name}.json").touch()
+
+
+def of_set(results: Path, transcoders: str | None = None, **section: Any) -> Wanted:
+    config = {**CONFIG, "transcoders": {"name": "mine", "architecture": "single", "layers": None, **section}}
+    return wanted_of(config, PROMPT, results, transcoders=transcoders, configfile=Path("my runs/a.yaml"))
+
+
+def test_the_configuration_says_which_layers_and_architecture(tmp_path: Path) -> None:
+    """Not what else lies in the folder; of another set than the configuration's, all that does."""
+    trained(tmp_path, "mlp_in.0", "mlp_in.1", "mlp_in.2", "mlp_in.3", "cross_layer")
+
+    def stems(wanted: Wanted) -> list[str]:
+        return [path.stem for path in transcoder_files(wanted)]
+
+    assert stems(of_set(tmp_path, layers=[2, 1])) == ["mlp_in.1", "mlp_in.2"]
+    assert stems(of_set(tmp_path)) == [f"mlp_in.{layer}" for layer in range(4)]
+    assert stems(of_set(tmp_path, architecture="cross_layer")) == ["cross_layer"]
+    assert stems(of_set(tmp_path, "mine", name="other", layers=[1])) == ["cross_layer"]
+
+
+def test_what_is_missing_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    trained(tmp_path, "mlp_in.0")
+    train = "train them with `snakemake --cores 2 --configfile 'my runs/a.yaml' -- transcoders`"
+    for section, what in (
+        ({"layers": [1, 2]}, r"no transcoders of layers 1, 2 \(mlp_in\.L\.json\)"),
+        ({"architecture": "cross_layer"}, r"no cross-layer transcoder \(cross_layer\.json\)"),
+    ):
+        with pytest.raises(UserError, match=f"holds {what}; {train}"):
+            transcoder_files(of_set(tmp_path, **section))
+    with pytest.raises(UserError) as told:
+        transcoder_files(of_set(tmp_path, "mines"))
+    assert "snakemake" not in str(told.value)  # it would train the configuration's
+    prepare = "run `snakemake --cores 2 --configfile 'my runs/a.yaml' -- results/toy/model/manifest.json`"
+    with pytest.raises(UserError, match=rf"is not prepared .*{prepare}, or name the folder .*--results"):
+        run(of_set(tmp_path), None)
+
+
+def test_a_cross_layer_transcoder_of_other_layers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path, "cross_layer")
+    family: Any = SimpleNamespace(reads=("mlp_in.0", "mlp_in.1"))
+    monkeypatch.setattr(debugging, "load_family", lambda files: family)
+    assert wanted_family(of_set(tmp_path, architecture="cross_layer", layers=[1, 0])) is family
+    with pytest.raises(UserError, match=r"is of layers 0, 1, but key transcoders\.layers names 1, 2; train"):
+        wanted_family(of_set(tmp_path, architecture="cross_layer", layers=[1, 2]))
+
+
+@pytest.mark.parametrize("bound", [{"random": -5}, {"random": 0}, {"features": 0}, {"seconds": 0.0}])
+def test_bounds_are_above_0(bound: dict[str, Any], results: Path) -> None:
+    with pytest.raises(UserError, match=r"Option --[a-z-]+ is (-5|0|0\.0), but it should be above 0"):
+        wanted_of(CONFIG, PROMPT, results, **({"random": 48} | bound))
+
+
+def test_the_pace_leaves_out_the_first_batch() -> None:
+    """It starts things up: 20 s for its 16 features, and 2 s for each 16 after it."""
+    clock = Clock(batches=[(20.0, 16)])
+    assert clock.until(160) is None
+    clock.batches += [(22.0, 32), (24.0, 48)]
+    assert clock.until(160) == pytest.approx(38.0)
 
 
 def test_mistakes_are_told_in_a_sentence(results: Path, tmp_path: Path, wanted: Wanted) -> None:
@@ -188,6 +260,7 @@ def test_the_command_line(
     )
     cli.graph(PROMPT, Path("x.yaml"), random=48, results=results)
     bounds = [(wanted.settings.max_nodes, wanted.seconds, out) for wanted, out in seen]
+    assert {wanted.configfile for wanted, _ in seen} == {Path("x.yaml")}
     assert bounds == [(64, 60.0, None), (5, 2.0, tmp_path), (Settings().max_nodes, None, None)]
 
 

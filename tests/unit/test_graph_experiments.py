@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from circuitflow.config_graph_experiments import (
@@ -26,11 +27,14 @@ from circuitflow.graphs.interventions import check_modes, intervene_on_graph, mo
 from circuitflow.graphs.motifs import find_motifs
 from circuitflow.graphs.supernodes import group_features
 from circuitflow.jobs import Output
+from circuitflow.plots.graph_heads import draw as draw_heads
 from circuitflow.plots.graph_heads import plot_graph_heads
-from circuitflow.plots.graph_interventions import chosen, draw, plot_graph_interventions
+from circuitflow.plots.graph_interventions import chosen, draw, few_ticks, plot_graph_interventions
+from circuitflow.plots.graph_motifs import draw as draw_motifs
 from circuitflow.plots.graph_motifs import plot_graph_motifs
 from circuitflow.plots.graph_supernodes import plot_graph_supernodes
-from circuitflow.plots.style import Style, drawing
+from circuitflow.plots.scales import decade, log_axis
+from circuitflow.plots.style import Style, drawing, text_width
 from circuitflow.store.tables import read_provenance, read_table
 from tests.fixtures.activation_store import write_store
 from tests.fixtures.graph_examples import random_family
@@ -197,6 +201,59 @@ def test_heads_and_motifs_and_their_figures(world, tmp_path):
     assert (motifs["graphs"] >= 2).all()
     assert (motifs["q"] >= motifs["p"]).all()
     _drawn(plot_graph_motifs, tables, tmp_path)
+
+
+def test_ticks_of_a_narrow_axis_do_not_meet():
+    size = 9.0
+    for low, high in ((0.0238, 0.0305), (0.02, 0.9), (1e-6, 0.9), (0.0261, 0.02611)):
+        with drawing(Style()):
+            axes = Figure().subplots()
+            log_axis(axes, "x", [low, high])
+            few_ticks(axes, 1.7, size)
+        ends = np.log(axes.get_xlim())
+        ticks = axes.get_xticks()
+        middle = 1.7 * (np.log(ticks) - ends[0]) / (ends[1] - ends[0])
+        half = [text_width(decade(tick), size) / 2 for tick in ticks]
+        assert 1 <= len(ticks) <= 8
+        assert (np.diff(middle) > np.add(half[1:], half[:-1])).all()
+
+
+def test_parts_of_edges_are_named_in_the_bars_and_in_a_legend():
+    lines = [(-1, -1, 0.2), (1, 0, 0.5), (0, 3, 0.3)]
+    table = {
+        "source": np.array(["0_1_1"] * 3, object), "target": np.array(["1_2_2"] * 3, object),
+        "layer": np.array([line[0] for line in lines]), "head": np.array([line[1] for line in lines]),
+        "last": np.array([line[2] for line in lines]), "weight": np.ones(3), "flow": np.ones(3),
+    }  # fmt: skip
+    with drawing(Style()):
+        axes = draw_heads(table, {"n_layers": 2, "heads": 4, "edges": 1}, Style()).axes[1]
+    assert [text.get_text() for text in axes.texts] == ["no head", "L1H0", "L0H3"]
+    legend = axes.get_legend()
+    named = {text.get_text(): patch.get_facecolor() for text, patch in zip(
+        legend.get_texts(), legend.get_patches(), strict=True
+    )}  # fmt: skip
+    assert list(named) == ["no head", "its largest head", "second", "third", "other heads"]
+    bars = [bar.get_facecolor() for bar in axes.patches]
+    assert bars == [named[name] for name in list(named)[:3]]
+
+
+def test_the_axes_of_motifs_count_whole_graphs_where_nothing_recurs():
+    nothing = {"chain": [], "length": [], "graphs": [], "expected": [], "recurring": []}
+    motifs = {name: np.array(column) for name, column in nothing.items()}
+    totals = {
+        "length": np.array([2]), "graphs": np.array([2]), "observed": np.array([0]),
+        "expected": np.zeros(1), "low": np.zeros(1), "high": np.zeros(1),
+    }  # fmt: skip
+    with drawing(Style()):
+        figure = draw_motifs(motifs, totals, 0.05, Style())
+        figure.draw_without_rendering()
+    chains, many = figure.axes
+    assert [text.get_text() for text in chains.texts] == ["no chain is in 2 graphs or more"]
+    low, high = many.get_xlim()
+    assert [tick for tick in many.get_xticks() if low <= tick <= high] == [2]
+    low, high = many.get_ylim()
+    labels = [many.yaxis.get_major_formatter()(tick, 0) for tick in many.get_yticks() if low <= tick <= high]
+    assert labels == ["0", "1"]
 
 
 def test_interventions_that_change_nothing_are_refused(world, tmp_path):

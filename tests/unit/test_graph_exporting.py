@@ -269,12 +269,70 @@ def test_what_cannot_be_converted(tmp_path: Path) -> None:
         ("nowhere.json", "viewer", "does not exist"),
         ("graph.pt", "viewer", "is a pickle, which is not opened here; .*to-plain"),
         ("torn.safetensors", "viewer", "is neither safetensors .* nor JSON"),
+        (".", "viewer", r"is a folder; name a file in it, such as .*graph\.safetensors"),
     ]
     for source, to_format, message in cases:
         with pytest.raises(UserError, match=message):
             convert_graph(tmp_path / source, tmp_path / "new.json", to_format)
+    for model in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(UserError, match=r"config.json cannot be read .*objects/OBJECT/hf"):
+            convert_graph(
+                tmp_path / "graph.safetensors", tmp_path / "new.safetensors", "circuit_tracer", model=model
+            )
     with pytest.raises(UserError, match="exists; name a file that does not"):
         convert_graph(tmp_path / "graph.safetensors", tmp_path / "graph.pt", "viewer")
+
+
+@pytest.mark.parametrize(
+    ("to_format", "name", "ending"),
+    [
+        ("circuit_tracer", "a.pt", ".safetensors"),
+        ("circuitflow", "a.json", ".safetensors"),
+        ("viewer", "a.safetensors", ".json"),
+    ],
+)
+def test_only_names_that_can_be_read_again_are_written(
+    tmp_path: Path, to_format: str, name: str, ending: str
+) -> None:
+    small().save(tmp_path / "graph.safetensors")
+    with pytest.raises(
+        UserError, match=rf"{name} is no name for a {to_format} graph; end it with \{ending}\."
+    ):
+        convert_graph(tmp_path / "graph.safetensors", tmp_path / name, to_format)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    "shares", [(80.0, 0.98), (-1.0, 0.98), (0.0, 0.98), (0.8, -1.0), (0.8, float("nan"))]
+)
+def test_shares_are_above_0_and_at_most_1(tmp_path: Path, shares: tuple[float, float]) -> None:
+    small().save(tmp_path / "graph.safetensors")
+    option = "--nodes" if shares[1] == 0.98 else "--edges"
+    with pytest.raises(UserError, match=f"Option {option} is .* above 0 and at most 1"):
+        convert_graph(tmp_path / "graph.safetensors", tmp_path / "a.json", "viewer", shares=shares)
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_what_is_told_of_a_pruned_graph_is_in_its_file(tmp_path: Path) -> None:
+    large(40).save(tmp_path / "graph.safetensors")
+    told = convert_graph(tmp_path / "graph.safetensors", tmp_path / "a.json", "viewer", shares=(0.5, 0.7))
+    graph = read_viewer(tmp_path / "a.json").graph
+    assert len(graph.features) < 40
+    assert (
+        f"{len(graph.features)} of 40 features, {len(graph.errors)} of 36 errors, 6 tokens and 3 outputs"
+        in told
+    )
+    again = convert_graph(tmp_path / "a.json", tmp_path / "b.json", "viewer")
+    assert f"{len(graph.features)} features, {len(graph.errors)} errors, 6 tokens and 3 outputs" in again
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": 1}, [1], {"sites": [{"site": "resid.1", "features": [{"feature": 1}]}]}]
+)
+def test_descriptions_of_something_else_are_refused(tmp_path: Path, value: Any) -> None:
+    write_json(tmp_path / "features.json", value)
+    with pytest.raises(UserError, match="has no descriptions of graph features; name graphs/DICTIONARIES"):
+        read_descriptions(tmp_path / "features.json")
 
 
 def test_forms_are_told_apart(tmp_path: Path) -> None:

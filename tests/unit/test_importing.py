@@ -48,6 +48,15 @@ def exported(folder: Path, name: str = "sparsify", dictionary: Dictionary | None
     return {"format": name, "path": str(folder), "id": None, "revision": None}
 
 
+def foreign(folder: Path) -> dict[str, Any]:
+    """One of sparsify's own making, which does not say its site as those written here do."""
+    source = exported(folder)
+    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    del cfg["circuitflow"]
+    (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+    return source
+
+
 def test_an_imported_dictionary_looks_like_a_trained_one(manifest: Path, tmp_path: Path) -> None:
     source = exported(tmp_path / "layers.2")
     out = run(manifest, tmp_path / "run", source)
@@ -132,7 +141,7 @@ def test_another_site_or_width_is_one_sentence(manifest: Path, tmp_path: Path) -
     source = exported(tmp_path / "layers.2")
     with pytest.raises(UserError, match=r"layers.2/?\.? was made for resid.2, not for resid.3; use it there"):
         run(manifest, tmp_path / "a", source, "resid.3")
-    source = exported(tmp_path / "bare" / "coder")
+    source = foreign(tmp_path / "bare" / "coder")
     with pytest.raises(UserError, match=r"is 12 wide, but resid.4 is 10 wide in this model"):
         run(manifest, tmp_path / "b", source, "resid.4")
     with pytest.raises(
@@ -164,7 +173,9 @@ def test_a_transcoder_tells_both_sites(tmp_path: Path) -> None:
 
 
 def test_the_site_is_needed_where_the_files_do_not_tell_it(tmp_path: Path) -> None:
-    exported(tmp_path / "coder")
+    exported(tmp_path / "told")
+    assert "at resid.2" in convert(str(tmp_path / "told"), tmp_path / "back.safetensors", None, "circuitflow")
+    foreign(tmp_path / "coder")
     target = tmp_path / "out.safetensors"
     with pytest.raises(UserError, match=r"does not tell its site; name it \(one of embed, z.L"):
         convert(str(tmp_path / "coder"), target, None, "circuitflow")

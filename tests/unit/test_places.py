@@ -122,7 +122,7 @@ def test_formats_that_files_do_not_tell(tmp_path: Path) -> None:
         UserError, match=r"is of no format that its files tell; name it \(--from\): valid: circuitflow"
     ):
         detect(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="is of no format"):
+    with pytest.raises(UserError, match=r"is of no format .*; if it holds dictionaries, take all with --all"):
         detect(tmp_path)
     for name in ("cfg.json", "sae.safetensors", "sae_weights.safetensors"):
         (tmp_path / name).touch()
@@ -187,7 +187,9 @@ def test_what_is_known_of_a_site_is_held_against_what_is_asked() -> None:
     assert choose_site("d", Hint("embed"), None) == "embed"
     with pytest.raises(UserError, match=r"Dictionary d was made for mlp, not for resid.4"):
         choose_site("d", Hint("mlp"), "resid.4")
-    with pytest.raises(UserError, match="made for an unknown site and does not tell its site"):
+    with pytest.raises(
+        UserError, match=r"^Dictionary d does not tell its site; name it \(one of .*\) with --site"
+    ):
         choose_site("d", Hint(), None)
     with pytest.raises(UserError, match="unknown kind 'residual'"):
         choose_site("d", Hint(), "residual.4")

@@ -198,7 +198,12 @@ def test_memory_is_estimated_before_training(caplog, monkeypatch):
         UserError, match=r"^Training the dictionaries of two layers needs about .* lower d_dict"
     ):
         check_memory(request(), needed, torch.device("cpu"))
-    assert str(Estimate(2_000_000_000, 0, 0, 0)).startswith("2.00 GB")
+    assert str(Estimate(2_000_000_000, 0, 0, 0)).startswith(
+        "2.00 GB of memory (2.00 GB for weights and Adam, "
+    )
+    assert str(Estimate(300_000, 50_000, 0, 0)).startswith(
+        "0.3 MB of memory (0.3 MB for weights and Adam, 0.1 MB to"
+    )
 
 
 def test_a_skip_connection_takes_memory():
@@ -208,8 +213,8 @@ def test_a_skip_connection_takes_memory():
 @pytest.mark.parametrize(
     ("device", "cpu", "sentence"),
     [
-        (3999, 10**6, r"4\.00 of them on cuda, where 4\.00 GB are free; lower d_dict"),
-        (4000, 5999, r"6\.00 of them on the CPU, where 6\.00 GB are free; lower buffer_rows"),
+        (3999, 10**6, r"4\.00 GB of them on cuda, where 4\.00 GB are free; lower d_dict"),
+        (4000, 5999, r"6\.00 GB of them on the CPU, where 6\.00 GB are free; lower buffer_rows"),
         (4000, 6000, None),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 
 from circuitflow.jobs import Output
 from circuitflow.models.sites import in_depth_order
+from circuitflow.plots import spanning_training
 from circuitflow.plots.spanning_quality import draw, plot_spanning_quality
-from circuitflow.plots.spanning_training import plot_spanning_training, read_curves
+from circuitflow.plots.spanning_training import has_layers, plot_spanning_training, read_curves
 from circuitflow.plots.style import Style, drawing
 from circuitflow.store.objects import Manifest
 from circuitflow.store.tables import write_table
@@ -100,3 +101,26 @@ def test_curves_of_a_cross_layer_transcoder_are_of_every_site(tmp_path: Path):
     assert set(curves) == {"fvu mlp.0", "fvu mlp.1", "l0 mlp.0+mlp.1", "dead mlp.0+mlp.1"}
     assert curves["fvu mlp.1"]["value"][0] == pytest.approx(0.2 + 0.1 + 0.25)
     assert list(curves["fvu mlp.0"]["tokens"]) == [4000.0 * i for i in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("writes", "layers"), [([["mlp.0", "mlp.1"], ["mlp.1"]], True), ([["resid.0", "resid.1"]], False)]
+)
+def test_only_cross_layer_transcoders_have_features_of_layers(tmp_path: Path, writes, layers: bool):
+    path = write_log(tmp_path, "one", writes, True)
+    assert has_layers([path]) is layers
+    with drawing(Style()):
+        figure = spanning_training.draw(read_curves([path]), Style(), layers)
+    assert ("of all layers together" in figure.get_supxlabel().replace("\n", " ")) is layers
+
+
+def test_the_largest_share_of_silent_features_stands_below_the_top():
+    table = quality()
+    one = np.isin(table["quantity"], ("dead_share", "silent_share")) & (table["site"] == "mlp_in.5")
+    kept = one | (table["site"] == "mlp.5") | ((table["quantity"] == "l0") & (table["site"] == "mlp_in.5"))
+    with drawing(Style()):
+        figure = draw({name: column[kept] for name, column in table.items()}, Style())
+    dead = figure.axes[3]
+    highest = max(float(line.get_ydata()[0]) for line in dead.lines)
+    assert highest == pytest.approx(0.1)
+    assert dead.get_ylim()[1] > 1.1 * highest

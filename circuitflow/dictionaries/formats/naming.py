@@ -59,9 +59,10 @@ def choose_site(where: str, hint: Hint, site: str | None) -> str:
             )
         return site
     if hint.kind is None or (hint.layer is None and hint.kind != "embed"):
+        known = "" if hint == Hint() else f"was made for {hint} and "
         raise UserError(
-            f"Dictionary {where} was made for {hint} and does not tell its site; name it "
-            f"(one of {', '.join(kind if kind == 'embed' else f'{kind}.L' for kind in KINDS)})."
+            f"Dictionary {where} {known}does not tell its site; name it "
+            f"(one of {', '.join(kind if kind == 'embed' else f'{kind}.L' for kind in KINDS)}) with --site."
         )
     return str(Site(hint.kind, hint.layer))
 

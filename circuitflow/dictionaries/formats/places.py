@@ -258,7 +258,14 @@ def detect(path: Path) -> str:
         which = (
             f"may be of formats {', '.join(fitting)}" if fitting else "is of no format that its files tell"
         )
-        raise UserError(f"{path} {which}; name it (--from): {nearest('', LAYOUTS, limit=len(LAYOUTS))}.")
+        several = (
+            "if it holds dictionaries, take all with --all, or name one; else "
+            if path.is_dir() and not fitting
+            else ""
+        )
+        raise UserError(
+            f"{path} {which}; {several}name it (--from): {nearest('', LAYOUTS, limit=len(LAYOUTS))}."
+        )
     return fitting[0]
 
 

@@ -10,9 +10,16 @@ from typing import Any
 from circuitflow.dictionaries.dictionary import Dictionary
 from circuitflow.dictionaries.formats.naming import Hint, choose_site, hint_of_path, same_layer
 from circuitflow.dictionaries.formats.places import Place
-from circuitflow.dictionaries.formats.reading import build, read_settings, read_weights, whole_number
+from circuitflow.dictionaries.formats.reading import (
+    build,
+    mapping,
+    read_settings,
+    read_weights,
+    whole_number,
+)
 from circuitflow.dictionaries.formats.writing import check_writable, description, write_folder
 from circuitflow.errors import UserError
+from circuitflow.models.sites import parse_site
 
 DEFAULTS: dict[str, Any] = {
     "activation": "topk",
@@ -25,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
 
 def read(place: Place, site: str | None) -> Dictionary:
     """The TopK dictionary of a hookpoint; ``layers.L`` is resid.L, ``layers.L.mlp`` the MLP of block L.
+
+    A file that was written here says its site itself.
 
     :raises UserError: the files are damaged, use another activation, or are for another site.
     """
@@ -108,8 +117,18 @@ def _check(place: Place, cfg: dict[str, Any]) -> None:
 
 
 def _sites(place: Place, cfg: dict[str, Any], site: str | None) -> tuple[str, str]:
-    hint = hint_of_path(place.told.rsplit("/", 1)[-1])
+    own = _told(cfg) if site is None else None
+    hint = own or hint_of_path(place.told.rsplit("/", 1)[-1])
     if cfg["transcode"] and hint.kind == "mlp":
         hint = Hint("mlp_in", hint.layer)  # a module's input and output
     reads = choose_site(str(place), hint, site)
     return reads, same_layer(reads, "mlp") if cfg["transcode"] else reads
+
+
+def _told(cfg: dict[str, Any]) -> Hint | None:
+    """The site read, as :func:`write` leaves it."""
+    reads = mapping(cfg, "circuitflow").get("reads")
+    if not isinstance(reads, list) or len(reads) != 1:
+        return None
+    site = parse_site(str(reads[0]))
+    return Hint(site.kind, site.layer)

@@ -173,7 +173,10 @@ def _shape_of(model: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"File {path} cannot be read ({error}); name the folder of the model.") from None
+        raise UserError(
+            f"File {path} cannot be read ({error}); name a folder with the model's config.json (of a run's model that "
+            "is results/MODEL/objects/OBJECT/hf, OBJECT as results/MODEL/model/manifest.json says)."
+        ) from None
     found = {
         key: next((value[name] for name in names.split() if value.get(name) is not None), None)
         for key, names in SHAPE.items()

@@ -104,16 +104,20 @@ def cumulative(influence: np.ndarray) -> np.ndarray:
     return shares
 
 
+def shown(graph: Graph, kept: Kept) -> np.ndarray:
+    """(n_nodes,) bool: nodes in the viewer's file. Tokens and logits stay without edges."""
+    used = kept.nodes.copy()
+    used[np.setdiff1d(np.arange(graph.first_token), kept.edges)] = False
+    return used
+
+
 def viewer_value(graph: Graph, kept: Kept, told: Told) -> dict[str, Any]:
     """The pruned graph as the plain value of the viewer's JSON.
 
     Only our own views read a link's ``share``, its part in the influence on the outputs (edge score), and the
     ``weight`` of an output that is a direction, where influence begins: it has no probability.
     """
-    ids, shares = viewer_ids(graph), cumulative(kept.influence)
-    used = kept.nodes.copy()
-    loose = np.setdiff1d(np.arange(graph.first_token), kept.edges)  # tokens and logits stay without edges
-    used[loose] = False
+    ids, shares, used = viewer_ids(graph), cumulative(kept.influence), shown(graph, kept)
     nodes = [_node(graph, ids, node, shares, told) for node in np.flatnonzero(used).tolist()]
     edges = zip(kept.edges.tolist(), kept.weights.tolist(), kept.shares.tolist(), strict=True)
     links = [
