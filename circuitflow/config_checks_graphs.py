@@ -1,7 +1,6 @@
 """Layers and features that the section on attribution graphs, and overrides of transcoders, name."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from circuitflow.config import Config
 from circuitflow.config_graph_experiments import FEATURE
@@ -20,7 +19,7 @@ def check_graph_layers(config: Config, layers: int | None = None) -> None:
     section = config.transcoders
     if section is None:
         return
-    layers = layers or known_layers(config.model.source.model_dump(), Path("none"))
+    layers = layers or known_layers(config.model.source.model_dump())
     for layer in section.overrides:
         _check_layer(section, layer, layers, f"transcoders.overrides names layer {layer}")
     if config.graphs is None:

@@ -1,7 +1,6 @@
 """Checks of the sections on transcoders, attribution graphs, crosscoders and model diffing."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from circuitflow.config import Config, TextPairs
@@ -64,7 +63,7 @@ def check_transcoder_files(config: Config, layers: int | None = None) -> None:
     section = config.transcoders
     if section is None or section.kind != "pretrained":
         return
-    layers = layers or known_layers(config.model.source.model_dump(), Path("none"))
+    layers = layers or known_layers(config.model.source.model_dump())
     wanted = section.layers if section.layers is not None else range(layers or 0)
     for site, source in section.sources(list(wanted)).items():
         local_files(source, site)

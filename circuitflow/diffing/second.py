@@ -1,18 +1,14 @@
 """The stage ``prepare_second_model``: a model that is compared with the run's own, checked against it first."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from transformers import AutoConfig
 
 from circuitflow.diffing.joining import check_vocabularies, check_widths
 from circuitflow.jobs import Output
-from circuitflow.models.architectures import MODEL_FOLDER, site_width
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.architectures import site_width
+from circuitflow.models.loading import load_config, load_tokenizer
 from circuitflow.models.sites import parse_site
 from circuitflow.models.sources import prepare
-from circuitflow.store.objects import read_manifest
 
 KEY = "diffing.model"
 
@@ -26,7 +22,7 @@ def prepare_second_model(inputs: Mapping[str, Any], params: Mapping[str, Any], o
     :raises UserError: the model cannot be had, is not supported, lacks a required site, or does not fit.
     """
     manifest = inputs["model"]
-    first = _config(manifest)
+    first = load_config(manifest)
 
     def fits(config: Any, tokenizer: Any) -> None:
         check_vocabularies(load_tokenizer(manifest).get_vocab(), tokenizer.get_vocab())
@@ -34,13 +30,3 @@ def prepare_second_model(inputs: Mapping[str, Any], params: Mapping[str, Any], o
             check_widths(site_width(site, first), site_width(site, config), str(site))
 
     prepare(params, out, KEY, fits)
-
-
-def _config(manifest_path: Path) -> Any:
-    """The configuration of a prepared model."""
-    manifest = read_manifest(manifest_path, "model")
-    return AutoConfig.from_pretrained(
-        manifest.folder(manifest_path) / MODEL_FOLDER,
-        local_files_only=True,
-        trust_remote_code=bool(manifest.details.get("remote_code", False)),
-    )

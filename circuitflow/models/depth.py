@@ -9,14 +9,14 @@ from circuitflow.store.files import read_json
 from circuitflow.store.objects import read_manifest
 
 
-def known_layers(source: Mapping[str, Any], manifest: Path) -> int | None:
+def known_layers(source: Mapping[str, Any], manifest: Path | None = None) -> int | None:
     """Layers of the model of a source: as configured, in its folder, or as prepared before; None if nothing says it.
 
     :param manifest: of the prepared model, if there is one; it counts where it was made from this source.
     """
     if source["kind"] == "toy":
         return int(source["layers"])
-    if manifest.is_file():
+    if manifest is not None and manifest.is_file():
         prepared = read_manifest(manifest, "model")
         if prepared.provenance["params"]["source"] == source:
             return int(prepared.details["layers"])

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from circuitflow.errors import UserError, nearest
@@ -44,8 +44,17 @@ def load_model(manifest_path: Path, dtype: str = "float32", device: str = "cpu")
 
 def load_tokenizer(manifest_path: Path) -> Any:
     """The prepared model's tokenizer (a transformers tokenizer), without the model."""
+    return _described(AutoTokenizer, manifest_path)
+
+
+def load_config(manifest_path: Path) -> Any:
+    """The prepared model's configuration (of transformers), without the model."""
+    return _described(AutoConfig, manifest_path)
+
+
+def _described(auto: Any, manifest_path: Path) -> Any:
     manifest = read_manifest(manifest_path, "model")
-    return AutoTokenizer.from_pretrained(
+    return auto.from_pretrained(
         manifest.folder(manifest_path) / MODEL_FOLDER,
         local_files_only=True,
         trust_remote_code=bool(manifest.details.get("remote_code", False)),
