@@ -4,6 +4,8 @@
 # The configuration has to be at /etc/slurm: Snakemake's Slurm executor drops SLURM_CONF.
 set -euo pipefail
 
+# The daemons lie in folders that the search path of a shell without login may lack.
+export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 readonly CONF=/etc/slurm/slurm.conf
 readonly RESERVED_MB=512 # left to the system: a node that offers all its memory may be drained later
 readonly STATE=/var/lib/slurm-test
@@ -64,13 +66,15 @@ install_configuration() {
     exit 1
   fi
   mkdir -p "$(dirname "$CONF")"
-  if ! configuration | cmp -s - "$CONF"; then
+  configuration >"$CONF.new" # aside first: one that cannot be written in whole must not take the place of one that can
+  if ! cmp -s "$CONF.new" "$CONF"; then
     if scontrol shutdown >/dev/null 2>&1; then
       while running slurmctld || running slurmd; do sleep 0.2; done
     fi
-    configuration >"$CONF"
+    mv "$CONF.new" "$CONF"
     echo "NodeName=$(hostname -s) Name=gpu Count=1 File=/dev/null" >"$(dirname "$CONF")/gres.conf"
   fi
+  rm -f "$CONF.new"
 }
 
 start_daemons() {
