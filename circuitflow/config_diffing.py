@@ -90,9 +90,10 @@ class DiffingSection(SpanningSettings):
     above the second's."""
     error_ratio: float = Field(default=0.2, gt=0)
     """An exclusive feature is shrunk, not exclusive, if the other model's error holds its direction from this share on
-    (ν of the error)."""
+    (ν of the error); it is exclusive only if ν's interval ends below."""
     reconstruction_ratio: float = Field(default=0.5, gt=0)
-    """And decoupled, not exclusive, if the other model's reconstruction does without it (ν of the reconstruction)."""
+    """And decoupled, not exclusive, if the other model's reconstruction holds its direction from this share on without
+    it (ν of the reconstruction); it is exclusive only if ν's interval ends below."""
     rows: Positive = 100_000
     """Training tokens, spread evenly, on which this is measured."""
     bootstrap: Positive = 1000

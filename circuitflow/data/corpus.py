@@ -13,7 +13,7 @@ from circuitflow.data.prompts import start_token
 from circuitflow.data.seeds import generator
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.loading import check_length, load_config, load_tokenizer
 from circuitflow.progress import logger
 from circuitflow.store.arrays import ArraySpec, StoreWriter
 
@@ -60,13 +60,16 @@ def tokenize_corpus(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
     Inputs: ``model`` (manifest), ``pairs`` (JSONL, for kind task), ``files`` (for kind files). Params: ``sources``,
     ``block``, ``held_out`` (share of each source's tokens), ``seed``.
 
-    :raises UserError: a source is empty or unreadable, or there is too little text for a block on either side.
+    :raises UserError: a source is empty or unreadable, or there is too little text for a block on either side, or
+        blocks are longer than the model takes.
     """
     tokenizer = load_tokenizer(inputs["model"])
+    check_length("A block (corpus.block)", params["block"], load_config(inputs["model"]))
     documents: list[Document] = []
     for index, source in enumerate(params["sources"]):
         rng = generator(params["seed"], f"source {index}")
-        texts = documents_of(source, _files_of(source, params["sources"], inputs), inputs.get("pairs"), rng)
+        key, files = f"corpus.sources[{index}]", _files_of(source, params["sources"], inputs)
+        texts = documents_of(source, files, inputs.get("pairs"), rng, key)
         documents += take(texts, tokenizer, source["tokens"], index)
     training, held_out = split_documents(documents, params["held_out"], params["seed"])
     packed = [pack(training, params["block"], 0), pack(held_out, params["block"], len(training))]

@@ -12,32 +12,35 @@ from circuitflow.errors import UserError, nearest
 
 
 def documents_of(
-    source: Mapping[str, Any], files: Sequence[Path], pairs: Path | None, rng: np.random.Generator
+    source: Mapping[str, Any],
+    files: Sequence[Path],
+    pairs: Path | None,
+    rng: np.random.Generator,
+    key: str = "corpus.sources",
 ) -> Iterator[str]:
     """Documents of one source in an order drawn from ``rng``; a hub data set comes in its own order, as a stream.
 
     :param source: ``kind`` and what that kind needs (see :mod:`circuitflow.config`).
     :param files: the text files of this source.
     :param pairs: JSONL of the task's training pairs.
+    :param key: where the configuration names the source.
     :raises UserError: there is nothing to read.
     """
     kind = source["kind"]
     if kind == "hub":
-        return hub_documents(source)
+        return hub_documents(source, key)
     if kind == "bundled":
         documents = bundled_documents()
     elif kind == "files":
-        documents = [document for file in files for document in file_documents(file)]
+        documents = [document for file in files for document in file_documents(file, key)]
     elif kind == "task":
-        documents = task_documents(pairs)
+        documents = task_documents(pairs, key)
     else:
-        raise UserError(
-            f"A corpus source has kind {kind}; {nearest(kind, ('bundled', 'files', 'hub', 'task'))}."
-        )
+        raise UserError(f"Key {key} has kind {kind}; {nearest(kind, ('bundled', 'files', 'hub', 'task'))}.")
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise UserError(
-            f"The corpus source of kind {kind} holds no text ({len(files)} files); name other files."
+            f"Key {key} (kind {kind}) gives no text but white space ({len(files)} files); name other text."
         )
     return (documents[index] for index in rng.permutation(len(documents)))
 
@@ -49,7 +52,7 @@ def bundled_documents() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def file_documents(path: Path) -> list[str]:
+def file_documents(path: Path, key: str = "corpus.sources") -> list[str]:
     """A text file is one document; a .jsonl file has one a line, under the key ``text``.
 
     :raises UserError: the file is missing, not UTF-8, or a line is broken, named by its number.
@@ -57,23 +60,23 @@ def file_documents(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"Corpus file {path} does not exist; check corpus.sources.") from None
+        raise UserError(f"Text file {path} does not exist; check {key}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"Corpus file {path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from None
+        raise UserError(f"Text file {path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from None
     if path.suffix != ".jsonl":
         return [text]
     lines = enumerate(text.split("\n"), 1)
     return [_line_document(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
-def task_documents(pairs: Path | None) -> list[str]:
+def task_documents(pairs: Path | None, key: str) -> list[str]:
     """Whole sentences of the task's pairs, clean and patched, one document each, none twice."""
     if pairs is None:
-        raise UserError("A corpus source has kind task, but no pairs are given; leave that source out.")
+        raise UserError(f"Key {key} has kind task, but no pairs are given; take another kind.")
     return list(dict.fromkeys(sentence for pair in read_pairs(pairs) for sentence in pair.sentences()))
 
 
-def hub_documents(source: Mapping[str, Any]) -> Iterator[str]:
+def hub_documents(source: Mapping[str, Any], key: str) -> Iterator[str]:
     """Rows of a column of a hub data set, streamed.
 
     :raises UserError: the extra ``hub`` is not installed, the hub is out of reach, or there is no such column.
@@ -82,7 +85,7 @@ def hub_documents(source: Mapping[str, Any]) -> Iterator[str]:
         import datasets
     except ImportError:
         raise UserError(
-            "A corpus source has kind hub, which needs the package datasets; run `pip install 'circuitflow[hub]'`."
+            f"Key {key} has kind hub, which needs the package datasets; run `pip install 'circuitflow[hub]'`."
         ) from None
     name = f"{source['id']} (revision {source['revision']}, split {source['split']})"
     try:

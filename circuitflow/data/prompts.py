@@ -61,11 +61,13 @@ class PromptReader:
 
     Params (of ``tokenize_pairs``): ``chat_template``, ``generation_prefix``, ``prepend_bos``, ``position``.
 
+    :param longest: how many tokens the model takes at once; None if there is no limit.
     :raises UserError: the tokenizer lacks what the params ask for.
     """
 
-    def __init__(self, tokenizer: Any, params: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, params: Mapping[str, Any], longest: int | None = None) -> None:
         self.tokenizer = tokenizer
+        self.longest = longest
         self.chat_template: bool = params["chat_template"]
         self.generation_prefix: str = params["generation_prefix"]
         self.position: Position = params["position"]
@@ -109,7 +111,7 @@ class PromptReader:
     def prompt(self, text: str) -> Prompt:
         """Tokens of one prompt, as the model is fed.
 
-        :raises Dropped: it has unknown words, or ends before the position of the answer.
+        :raises Dropped: it has unknown words, ends before the position of the answer, or is too long for the model.
         """
         whole = self._dressed(text)
         encoded = self.tokenizer(
@@ -121,6 +123,10 @@ class PromptReader:
         # A chat template may have written the start token already.
         prefix = [] if tokens[: len(self.prefix)] == self.prefix else self.prefix
         length = len(prefix) + len(tokens)
+        if self.longest is not None and length > self.longest:
+            raise Dropped(
+                "prompt is longer than the model takes", f"{length} of at most {self.longest} tokens"
+            )
         position = (
             length - 1 if self.position == "last" else self.position + (length if self.position < 0 else 0)
         )

@@ -14,7 +14,7 @@ from circuitflow.data.token_pairs import SPLITS
 from circuitflow.data.tokenization import Drops, token_columns
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.loading import check_length, load_config, load_tokenizer
 from circuitflow.store.arrays import Store, open_store
 from circuitflow.store.tables import write_table
 
@@ -37,10 +37,12 @@ def sample_contexts(inputs: Mapping[str, Path], params: Mapping[str, Any], out: 
     Inputs: ``model``, ``corpus`` (manifests). Params: ``train``, ``test`` (numbers of contexts), ``length``, ``seed``,
     ``prepend_bos``.
 
-    :raises UserError: the corpus has too few contexts of that length.
+    :raises UserError: the corpus has too few contexts of that length, or the model does not take as many tokens.
     """
     plain = {"chat_template": False, "generation_prefix": "", "position": "last"}
     reader = PromptReader(load_tokenizer(inputs["model"]), {**plain, "prepend_bos": params["prepend_bos"]})
+    length = params["length"] + len(reader.prefix)
+    check_length("A context (task.pairs.length)", length, load_config(inputs["model"]))
     store, dropped = open_store(inputs["corpus"]), Drops()
     before: dict[tuple[int, ...], str] = {}
     for split in SPLITS:

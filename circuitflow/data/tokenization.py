@@ -12,7 +12,7 @@ from circuitflow.data.prompts import Dropped, PromptReader, TokenPair
 from circuitflow.data.token_pairs import SPLITS
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.loading import load_config, load_tokenizer, longest_input
 from circuitflow.progress import logger
 from circuitflow.store.tables import write_table
 
@@ -21,15 +21,17 @@ def tokenize_pairs(inputs: Mapping[str, Path], params: Mapping[str, Any], out: O
     """Stage: write ``train`` and ``test`` token tables and ``dropped``.
 
     A pair is dropped when its prompts have different lengths, an answer is not exactly one token after both prompts,
-    it repeats another pair, or the length filter excludes it. The filter looks at each case by itself and takes its
-    bounds from the train split, so that positions mean the same in both.
+    it repeats another pair, a prompt is longer than the model takes, or the length filter excludes it. The filter looks
+    at each case by itself and takes its bounds from the train split, so that positions mean the same in both.
 
     Inputs: ``model`` (manifest), ``train``, ``test`` (JSONL). Params: ``chat_template``, ``generation_prefix``,
     ``prepend_bos``, ``position`` ("last" or a token index, negative from the end), ``length`` ({mode, percentile}).
 
     :raises UserError: nothing is left of a split, or the tokenizer lacks what is asked for.
     """
-    reader = PromptReader(load_tokenizer(inputs["model"]), params)
+    reader = PromptReader(
+        load_tokenizer(inputs["model"]), params, longest_input(load_config(inputs["model"]))
+    )
     dropped = Drops()
     tokenized = {
         split: _unique(split, _tokenized(split, read_pairs(inputs[split]), reader, dropped), dropped)
@@ -81,6 +83,7 @@ def token_columns(pairs: Sequence[TokenPair], reader: PromptReader) -> dict[str,
 ADVICE = {
     "lengths differ": "write clean and patched prompts of equal length in tokens",
     "answers overlap": "give the two prompts different answers",
+    "prompt is longer than the model takes": "shorten the prompts, or take another model",
     "prompt ends before the position of the answer": "lower task.metric.position or set it to last",
 }
 ADVICE_ON_ANSWERS = "use answers that are single tokens of this model, or another model"

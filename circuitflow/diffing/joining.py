@@ -12,6 +12,7 @@ from typing import Any
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
 from circuitflow.models.loading import load_tokenizer
+from circuitflow.progress import logger
 from circuitflow.store.arrays import SHARDS, Store, open_store
 from circuitflow.store.files import atomic_path, read_json, write_json
 from circuitflow.store.layout import Layout, Shard, array_contents, content_digest, write_metadata
@@ -109,10 +110,11 @@ def check_widths(base: int, tuned: int, site: str) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name of the same file; a copy where the file system knows no links."""
+    """A second name of the same file; a copy, twice the room, where the file system knows no links."""
     with atomic_path(target) as temporary:
         try:
             temporary.unlink(missing_ok=True)
             os.link(source, temporary)
-        except OSError:
+        except OSError as error:
+            logger.info("%s is copied, not linked (%s)", source.name, error.strerror)
             shutil.copyfile(source, temporary)

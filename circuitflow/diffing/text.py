@@ -64,7 +64,7 @@ def _documents(
     text: Mapping[str, Any], files: Sequence[Path], pairs: Path | None, rng: np.random.Generator
 ) -> Iterator[str]:
     if text["kind"] != "task" or text["answers"] == "right" or pairs is None:
-        return documents_of(text, files, pairs, rng)
+        return documents_of(text, files, pairs, rng, "diffing.tuning.text")
     sentences = swapped(pairs)
     return (sentences[index] for index in rng.permutation(len(sentences)))
 

@@ -24,7 +24,7 @@ from circuitflow.dictionaries.state import (
 from circuitflow.diffing.text import Blocks, tuning_blocks
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
-from circuitflow.models.loading import load_model
+from circuitflow.models.loading import check_length, load_model
 from circuitflow.models.running import LanguageModel
 from circuitflow.models.saving import save_model
 from circuitflow.progress import logger, show_curves
@@ -55,7 +55,7 @@ def fine_tune_model(inputs: Mapping[str, Any], params: Mapping[str, Any], out: O
         finite.
     """
     lm = load_model(inputs["model"], "float32", params["compute"]["device"])
-    check_block(params["block"], lm.hf.config)
+    check_length("A block (diffing.tuning.block)", params["block"], lm.hf.config)
     pairs = inputs.get("pairs") or None
     blocks = tuning_blocks(params["text"], inputs.get("files") or [], pairs, lm.tokenizer, params)
     recipe = digest(canonical_json([dict(params), out.provenance]))
@@ -181,18 +181,6 @@ class _Tuning:
             state = self._optimizer.state[weight]
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
         save_state(self._folder, tensors, self._done, log, self._recipe)
-
-
-def check_block(block: int, config: Any) -> None:
-    """Blocks are no longer than what the model was made for; learned position embeddings end there.
-
-    :raises UserError: they are longer.
-    """
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and block > most:
-        raise UserError(
-            f"Key diffing.tuning.block is {block}, but the model takes at most {most} tokens at once; lower it."
-        )
 
 
 def learned_weights(lm: LanguageModel, layers: list[int] | None) -> dict[str, nn.Parameter]:

@@ -26,6 +26,7 @@ from circuitflow.graphs.rows import Buffers, Rows, compute_rows, feature_targets
 from circuitflow.graphs.sources import Sources
 from circuitflow.graphs.targets import Logits, Target, chosen, most_probable
 from circuitflow.models.frozen import FrozenPrompt
+from circuitflow.models.loading import check_length
 from circuitflow.models.running import LanguageModel
 from circuitflow.progress import progress
 
@@ -121,11 +122,12 @@ def build_graph(
     :param targets: what to explain; by default the most probable next tokens.
     :param facts: said in the graph besides what is known here (model, dictionaries, scan …).
     :param clock: keeps time by phase; its limit ends the search for further rows early, which the facts then say.
-    :raises UserError: the prompt has no token or words that the model does not know, a target is no token, or a
-        dictionary is no transcoder of this model.
+    :raises UserError: the prompt has no token or words that the model does not know, it is longer than the model
+        takes, a target is no token, or a dictionary is no transcoder of this model.
     """
     clock = clock or Clock()
     text, ids = tokenized(lm.tokenizer, prompt, settings.prepend_bos)
+    check_length(f"Prompt {_told(text)}", len(ids), lm.hf.config)
     with clock.phase("forward pass"), torch.no_grad():
         frozen = FrozenPrompt.of(lm, ids)
     with clock.phase("features"), torch.no_grad():
@@ -167,9 +169,14 @@ def tokenized(
     return prompt, torch.tensor(found, dtype=torch.int64)
 
 
+def _told(prompt: str) -> str:
+    """A prompt in a sentence, without its middle if it is long."""
+    return repr(prompt if len(prompt) <= LONGEST else f"{prompt[: LONGEST // 2]}…{prompt[-LONGEST // 2 :]}")
+
+
 def _not_known(tokenizer: Any, prompt: str, unknown: int) -> str:
     """Why a prompt cannot be read, with the words behind unknown tokens where the tokenizer tells where tokens lie."""
-    told = repr(prompt if len(prompt) <= LONGEST else f"{prompt[: LONGEST // 2]}…{prompt[-LONGEST // 2 :]}")
+    told = _told(prompt)
     words: list[str] = []
     if tokenizer.is_fast:
         read = tokenizer(prompt, return_offsets_mapping=True)

@@ -52,6 +52,25 @@ def load_config(manifest_path: Path) -> Any:
     return _described(AutoConfig, manifest_path)
 
 
+def longest_input(config: Any) -> int | None:
+    """How many tokens a model takes at once by its configuration (of transformers); None if that does not say."""
+    most = getattr(config, "max_position_embeddings", None)
+    return None if most is None else int(most)
+
+
+def check_length(what: str, tokens: int, config: Any) -> None:
+    """Text is no longer than what the model was made for; learned position embeddings end there.
+
+    :param what: the text in the sentence, such as "A block (corpus.block)".
+    :raises UserError: it is longer.
+    """
+    most = longest_input(config)
+    if most is not None and tokens > most:
+        raise UserError(
+            f"{what} has {tokens} tokens, but the model takes at most {most} at once; shorten it."
+        )
+
+
 def _described(auto: Any, manifest_path: Path) -> Any:
     manifest = read_manifest(manifest_path, "model")
     return auto.from_pretrained(

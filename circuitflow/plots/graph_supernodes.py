@@ -131,7 +131,8 @@ def _told(name: str, kind: str, part: Table, facts: Mapping[str, Any]) -> str:
         number = int(name.partition("_")[2])
         return shown([texts[number]])[0] if number < len(texts) else name
     if kind == "errors":
-        return f"{len(part['node'])} layers"
+        count = len(part["node"])
+        return f"{count} layer" if count == 1 else f"{count} layers"
     return str(part["label"][0])
 
 

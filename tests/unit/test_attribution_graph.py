@@ -244,6 +244,8 @@ def test_words_that_the_tokenizer_does_not_know_are_told(random_lm):
     ):
         with pytest.raises(UserError, match=said):
             tokenized(lm.tokenizer, prompt)
+    with pytest.raises(UserError, match=r"^Prompt '.{81}' has 4000 tokens, but the model takes at most"):
+        build_graph(lm, random_family(lm), ("The teacher " * 2000).strip())
     assert tokenized(lm.tokenizer, "The teacher")[1].tolist() == lm.tokenizer("The teacher")["input_ids"]
 
 

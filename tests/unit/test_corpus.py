@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from circuitflow.data import corpus
 from circuitflow.data.corpus import tokenize_corpus
@@ -31,7 +31,12 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", model_max_length=50)
     monkeypatch.setattr(corpus, "load_tokenizer", lambda path: made)
+    monkeypatch.setattr(corpus, "load_config", lambda path: PretrainedConfig(max_position_embeddings=LONGEST))
     return made
+
+
+LONGEST = 256
+"""Tokens that the model takes at once."""
 
 
 def texts(n: int, name: str = "text") -> list[str]:
@@ -209,13 +214,20 @@ def files_source(tokens: int = 5000) -> list[dict[str, Any]]:
         ),
         (["x" * 90, "y" * 10], {}, "held-out part of the corpus has 11 tokens, less than one block of 32"),
         (["x" * 10, "y" * 40], {}, "held-out part of the corpus has 11"),
-        ([" ", ""], {}, "holds no text"),
+        ([" ", ""], {}, "gives no text but white space"),
     ],
 )
 def test_too_little_text(tmp_path: Path, documents: list[str], changes: dict[str, Any], message: str) -> None:
     file = jsonl(tmp_path / "t.jsonl", documents)
     with pytest.raises(UserError, match=message):
         store(tmp_path / "o", files_source(**changes), {"files": [file]})
+
+
+def test_blocks_longer_than_the_model_takes_are_told(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "t.jsonl", texts(200))
+    store(tmp_path / "a", files_source(), {"files": [file]}, block=LONGEST)
+    with pytest.raises(UserError, match=r"A block \(corpus.block\) has 257 tokens, .* at most 256 at once"):
+        store(tmp_path / "b", files_source(), {"files": [file]}, block=LONGEST + 1)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

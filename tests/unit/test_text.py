@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PretrainedConfig
 
 from circuitflow.data import text
 from circuitflow.data.text import sample_contexts, window_starts
@@ -62,6 +63,7 @@ def manifest(tmp_path: Path) -> Path:
 @pytest.fixture
 def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(text, "load_config", lambda path: PretrainedConfig(max_position_embeddings=8))
 
     def sampled(manifest: Path, name: str = "out", **params) -> dict[str, Path]:
         folder = tmp_path / name
@@ -161,6 +163,13 @@ def test_unknown_words_are_dropped(tmp_path: Path, sample) -> None:
     files = sample(manifest, train=9, test=3)
     for clean in read_table(files["train"])["clean"]:
         assert TOKENIZER.unk_token_id not in clean
+
+
+def test_contexts_longer_than_the_model_takes_are_told(manifest: Path, sample) -> None:
+    with pytest.raises(
+        UserError, match=r"A context \(task.pairs.length\) has 9 tokens, .* at most 8 at once"
+    ):
+        sample(manifest, length=8)  # and the start token
 
 
 @pytest.mark.parametrize(("split", "more"), [("train", "corpus.sources"), ("test", "corpus.held_out")])

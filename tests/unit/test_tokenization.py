@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from circuitflow.data import tokenization
 from circuitflow.data.pairs import Pair, write_pairs
@@ -206,10 +206,14 @@ def made(
     monkeypatch: pytest.MonkeyPatch,
     pairs: Mapping[str, list[Pair]],
     tokenizer: Any = None,
+    longest: int | None = None,
     **changes: Any,
 ) -> Output:
     """Run the stage on pairs."""
     monkeypatch.setattr(tokenization, "load_tokenizer", lambda path: tokenizer or word_level())
+    monkeypatch.setattr(
+        tokenization, "load_config", lambda path: PretrainedConfig(max_position_embeddings=longest)
+    )
     for split, members in pairs.items():
         write_pairs(folder / f"{split}.jsonl", members)
     out = Output(
@@ -291,6 +295,15 @@ def test_every_dropped_pair_is_in_the_table_with_its_reason(
     table = read_table(out.files["dropped"])
     assert table["detail"][0] == "'swim'"
     assert (table["clean"][2], table["case"][2]) == ("The boys by", "case")
+
+
+def test_prompts_longer_than_the_model_takes_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = {"train": [pair(), LONG], "test": [SHORT]}
+    out = made(tmp_path, monkeypatch, pairs, longest=4, length={"mode": "all", "percentile": 95.0})
+    assert drops(out) == [("train", 1, "prompt is longer than the model takes")]
+    assert read_table(out.files["dropped"])["detail"][0] == "5 of at most 4 tokens"
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_blocks_are_cut_from_documents_in_a_seeded_order(
     ("changes", "sentence"),
     [
         ({"layers": [0, 4]}, "layers names layer 4, but the model has layers 0 to 3"),
-        ({"block": 5000}, "Key diffing.tuning.block is 5000, but the model takes at most"),
+        ({"block": 5000}, r"A block \(diffing.tuning.block\) has 5000 tokens, but the model takes at most"),
         ({"tokens": 20}, "has 20 tokens, but at least two blocks of 16"),
         ({"learning_rate": 1e30}, "stopped being finite at step"),
     ],
