@@ -13,7 +13,7 @@ from circuitflow.data.prompts import start_token
 from circuitflow.data.seeds import generator
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
-from circuitflow.models.loading import check_length, load_config, load_tokenizer
+from circuitflow.models.prepared import check_length, load_config, load_tokenizer
 from circuitflow.progress import logger
 from circuitflow.store.arrays import ArraySpec, StoreWriter
 

@@ -14,7 +14,7 @@ from circuitflow.data.token_pairs import SPLITS
 from circuitflow.data.tokenization import Drops, token_columns
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import check_length, load_config, load_tokenizer
+from circuitflow.models.prepared import check_length, load_config, load_tokenizer
 from circuitflow.store.arrays import Store, open_store
 from circuitflow.store.tables import write_table
 

@@ -12,7 +12,7 @@ from circuitflow.data.prompts import Dropped, PromptReader, TokenPair
 from circuitflow.data.token_pairs import SPLITS
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_config, load_tokenizer, longest_input
+from circuitflow.models.prepared import load_config, load_tokenizer, longest_input
 from circuitflow.progress import logger
 from circuitflow.store.tables import write_table
 

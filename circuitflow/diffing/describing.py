@@ -13,7 +13,8 @@ from circuitflow.features.contexts import CONVENTIONS, Reader, add_text, name_lo
 from circuitflow.features.firing import rounded
 from circuitflow.features.logit_weights import listed_logits
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_model, load_tokenizer
+from circuitflow.models.loading import load_model
+from circuitflow.models.prepared import load_tokenizer
 from circuitflow.models.sites import bare
 from circuitflow.store.files import write_json
 from circuitflow.store.tables import read_table

@@ -11,7 +11,7 @@ from typing import Any
 
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.prepared import load_tokenizer
 from circuitflow.progress import logger
 from circuitflow.store.arrays import SHARDS, Store, open_store
 from circuitflow.store.files import atomic_path, read_json, write_json

@@ -6,7 +6,7 @@ from typing import Any
 from circuitflow.diffing.joining import check_vocabularies, check_widths
 from circuitflow.jobs import Output
 from circuitflow.models.architectures import site_width
-from circuitflow.models.loading import load_config, load_tokenizer
+from circuitflow.models.prepared import load_config, load_tokenizer
 from circuitflow.models.sites import parse_site
 from circuitflow.models.sources import prepare
 

@@ -24,7 +24,8 @@ from circuitflow.dictionaries.state import (
 from circuitflow.diffing.text import Blocks, tuning_blocks
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output, progress
-from circuitflow.models.loading import check_length, load_model
+from circuitflow.models.loading import load_model
+from circuitflow.models.prepared import check_length
 from circuitflow.models.running import LanguageModel
 from circuitflow.models.saving import save_model
 from circuitflow.progress import logger, show_curves

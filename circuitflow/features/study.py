@@ -16,7 +16,7 @@ from circuitflow.features.maps import LARGEST_MAP, activation_map, direction_map
 from circuitflow.features.statistics import NOISE, Usage, strength, usage
 from circuitflow.features.together import correlation_columns, heatmap_columns, together
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.prepared import load_tokenizer
 from circuitflow.store.arrays import open_store
 from circuitflow.store.tables import write_table
 

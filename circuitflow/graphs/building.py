@@ -26,7 +26,7 @@ from circuitflow.graphs.rows import Buffers, Rows, compute_rows, feature_targets
 from circuitflow.graphs.sources import Sources
 from circuitflow.graphs.targets import Logits, Target, chosen, most_probable
 from circuitflow.models.frozen import FrozenPrompt
-from circuitflow.models.loading import check_length
+from circuitflow.models.prepared import check_length
 from circuitflow.models.running import LanguageModel
 from circuitflow.progress import progress
 

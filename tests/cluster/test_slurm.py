@@ -34,6 +34,7 @@ HEAVY = (
 )
 TINY = ("--configfile", "configs/tiny.yaml")
 NOT_COPIED = shutil.ignore_patterns(".*cache*", ".git", ".snakemake", ".venv*", "results", "logs")
+THREE_SITES = "sites: [resid.0, resid.1, resid.2]\n"
 TARGETS = ("study", "methods", "faithfulness", "error_nodes", "validation", "compare", "effects")
 MEASURED = "benchmarks/"  # seconds and bytes differ from run to run; everything else must not
 
@@ -135,6 +136,10 @@ def test_groups_fit_a_node_of_two_cpus(dry_run: dict[str, str]) -> None:
 @pytest.mark.usefixtures("slurm")
 def test_a_cluster_run_has_the_results_of_a_local_run(tmp_path: Path) -> None:
     local, cluster = fresh_copy(tmp_path / "local"), fresh_copy(tmp_path / "cluster")
+    for copy in (local, cluster):  # two sites are enough: edges lead from one to the other
+        tiny = copy / "configs" / "tiny.yaml"
+        assert THREE_SITES in tiny.read_text()
+        tiny.write_text(tiny.read_text().replace(THREE_SITES, "sites: [resid.1, resid.2]\n"))
     snakemake(local, "--cores", "2")
     said = snakemake(cluster, "--profile", "slurm", "--slurm-init-seconds-before-status-checks", "8")
     assert "has been submitted with SLURM jobid" in said

@@ -16,20 +16,21 @@ MODULES = 45
 """Files that a stage may import, packages' empty ones included."""
 
 MORE = {
-    # Evaluations run the model (6 files) with dictionaries in it (8), on cached activations (9 of data and
+    # Evaluations run the model (7 files) with dictionaries in it (8), on cached activations (9 of data and
     # attribution), with the engine that replaces nodes (7) and the store with its ledger (7); 10 are packages' own
     # or put no number into a result.
-    "ablate_error_nodes": (53, "and the planning of experiments on error nodes"),
-    "evaluate_budget": (50, "and the circuit that it writes"),
-    "evaluate_circuit": (58, "and conditions, neurons in place of features, and three tables"),
-    "evaluate_edges": (58, "and the passes of edges: paths, ends and pullback"),
-    "measure_effects": (48, "and the circuit that it reads"),
-    "search_circuit": (47, "and the order of the nodes"),
+    "ablate_error_nodes": (54, "and the planning of experiments on error nodes"),
+    "evaluate_budget": (51, "and the circuit that it writes"),
+    "evaluate_circuit": (59, "and conditions, neurons in place of features, and three tables"),
+    "evaluate_edges": (59, "and the passes of edges: paths, ends and pullback"),
+    "measure_effects": (49, "and the circuit that it reads"),
+    "search_circuit": (48, "and the order of the nodes"),
+    "build_attribution_graph": (46, "the model, its dictionaries, and what makes a graph of them"),
     "train_dictionary": (52, "and what trains dictionaries of several sites: one trainer serves both"),
     "train_transcoder": (53, "the same, and its memory estimate"),
     "train_cross_layer": (53, "the same"),
     "train_crosscoder": (53, "the same"),
-    "audit_circuit": (53, "nodes patched as patch_nodes does and edges as score_edges does, on the model"),
+    "audit_circuit": (54, "nodes patched as patch_nodes does and edges as score_edges does, on the model"),
 }
 """Stages that need more, how many, and what for."""
 

@@ -11,7 +11,7 @@ from circuitflow.data.agreement import draw_pairs, sentences
 from circuitflow.data.grammar import LEXICON, TEMPLATES, read_grammar
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.prepared import load_tokenizer
 from circuitflow.models.running import run
 from circuitflow.models.toy import prepare_toy
 

@@ -17,7 +17,7 @@ from circuitflow.diffing.text import swapped, tuning_blocks
 from circuitflow.diffing.tuning import Rate, batch_of, fine_tune_model
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
-from circuitflow.models.loading import load_tokenizer
+from circuitflow.models.prepared import load_tokenizer
 from circuitflow.store.objects import read_manifest
 
 SETTINGS: dict[str, Any] = {

@@ -17,7 +17,7 @@ import pytest
 from tests.workflow.conftest import Clone, copy_repository
 from tests.workflow.test_invalidation import digests
 
-KILLS = int(os.environ.get("CIRCUITFLOW_KILLS", "5"))
+KILLS = int(os.environ.get("CIRCUITFLOW_KILLS", "3"))
 """Per stage; `make kills` takes more."""
 CHECKPOINT_SECONDS = "0.2"
 

@@ -5,7 +5,7 @@ import yaml
 
 from circuitflow.config import Config
 from circuitflow.store.tables import read_table
-from tests.workflow.conftest import Clone
+from tests.workflow.conftest import Clone, copy_repository
 
 STUDY = """
 study:
@@ -32,16 +32,28 @@ OF_ALL_VARIANTS = {
 }
 
 
+OWN = "results/tiny/dictionaries/topk-8/resid.1.json"
+QUALITY = OWN.replace(".json", ".quality.parquet")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A copy with one of the run's own dictionaries and its quality. Tests leave it as they found it."""
+    clone = copy_repository(tmp_path_factory.mktemp("studied"))
+    clone.snakemake("--", OWN, QUALITY)
+    return clone
+
+
 @pytest.mark.slow
 def test_a_study_makes_its_tables_and_figures_and_a_further_variant_makes_only_its_own(
-    finished: Clone,
+    studied: Clone,
 ) -> None:
-    before = finished.config.read_text(encoding="utf-8")
-    with finished.edited("run.yaml", before, before + STUDY):
-        assert finished.planned() == {}, "a study is no part of the default target"
-        done = finished.snakemake("--", "study")
+    before = studied.config.read_text(encoding="utf-8")
+    with studied.edited("run.yaml", before, before + STUDY):
+        assert "study_features" not in studied.planned(), "a study is no part of the default target"
+        done = studied.snakemake("--", "study")
         output = done.stdout + done.stderr
-        folder = finished.root / "results/tiny/studies/kinds"
+        folder = studied.root / "results/tiny/studies/kinds"
         same = "train_dictionary kinds/topk-k8-seed0 resid.1: kept from an earlier run"
         assert same in output, "the run's own dictionary is one of the variants"
         summary = (folder / "summary.txt").read_text(encoding="utf-8")
@@ -50,28 +62,25 @@ def test_a_study_makes_its_tables_and_figures_and_a_further_variant_makes_only_i
             assert variant in summary
         assert len(list((folder / "figures").rglob("*.png"))) == 6 + 3 * 4
         further = STUDY + "    - {kind: batchtopk, k: 8}\n"
-        assert finished.planned("--", "study") == {"study": 1}, "only the table is shown again"
-        with finished.edited("run.yaml", STUDY, further):
-            assert finished.planned("--", "study") == ONE_VARIANT | OF_ALL_VARIANTS
+        assert studied.planned("--", "study") == {"study": 1}, "only the table is shown again"
+        with studied.edited("run.yaml", STUDY, further):
+            assert studied.planned("--", "study") == ONE_VARIANT | OF_ALL_VARIANTS
 
 
 @pytest.mark.slow
-def test_a_dictionary_that_was_exported_comes_back_as_a_pretrained_one(finished: Clone) -> None:
-    own = "results/tiny/dictionaries/topk-8/resid.1.json"
-    exported = finished.circuitflow("convert", own, "exported", "--to", "sae_lens")
+def test_a_dictionary_that_was_exported_comes_back_as_a_pretrained_one(studied: Clone) -> None:
+    exported = studied.circuitflow("convert", OWN, "exported", "--to", "sae_lens")
     assert exported.returncode == 0, exported.stderr
     source = "source: {format: sae_lens, path: exported}"
     study = f"\nstudy:\n  name: back\n  site: resid.1\n  variants: [{{kind: pretrained, {source}}}]\n"
-    before = finished.config.read_text(encoding="utf-8")
-    with finished.edited("run.yaml", before, before + study):
-        values = yaml.safe_load(finished.config.read_text(encoding="utf-8"))
+    before = studied.config.read_text(encoding="utf-8")
+    with studied.edited("run.yaml", before, before + study):
+        values = yaml.safe_load(studied.config.read_text(encoding="utf-8"))
         (name,) = Config.model_validate(values).variants()
         imported = f"results/tiny/dictionaries/back/{name}/resid.1.quality.parquet"
-        assert finished.planned("--", imported) == {"import_dictionary": 1, "measure_dictionary": 1}
-        finished.snakemake("--", imported)
-    there, back = (
-        read_table(finished.root / path) for path in (own.replace(".json", ".quality.parquet"), imported)
-    )
+        assert studied.planned("--", imported) == {"import_dictionary": 1, "measure_dictionary": 1}
+        studied.snakemake("--", imported)
+    there, back = (read_table(studied.root / path) for path in (QUALITY, imported))
     held = {"fvu", "l0", "ce_recovered"}
     values = [
         {
@@ -87,7 +96,7 @@ def test_a_dictionary_that_was_exported_comes_back_as_a_pretrained_one(finished:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_not_configured_says_so(finished: Clone) -> None:
-    failed = finished.snakemake("-n", "--", "study", check=False)
+def test_a_study_that_is_not_configured_says_so(studied: Clone) -> None:
+    failed = studied.snakemake("-n", "--", "study", check=False)
     assert failed.returncode != 0
     assert "The configuration has no section study" in failed.stderr + failed.stdout
