@@ -167,16 +167,17 @@ TRAINED: dict[str, Callable[[Request], Objective]] = {
 def saturating(request: Request) -> Saturating:
     """ReLU or JumpReLU with the penalty of cross-layer transcoders.
 
-    Its published constants are for mean ‖x‖² = d_model; those of the objective for 1.
+    Its published constants are for mean ‖x‖² = d_model; those of the objective for 1. Thresholds begin higher than the
+    published .03, which leaves half of all features active at first: short trainings do not come down from there.
     """
     settings, unit = request.settings, request.width**0.5
-    jumps = settings.kind == "jumprelu"
+    jumps, level = settings.kind == "jumprelu", first_level(request.width, settings.d_dict)
     return Saturating(
-        penalty=_or(settings.penalty, 1.2e-3),
+        penalty=_or(settings.penalty, 4e-4 if jumps else 1.2e-3),  # about 20 features a layer on SmolLM2
         saturation=_or(settings.saturation, 4.0) * unit,
         dead_weight=_or(settings.dead_penalty, 3e-6) / unit,
-        first_bias=0.0 if jumps else -first_level(request.width, settings.d_dict),
-        first_threshold=_or(settings.first_threshold, 0.03 / unit) if jumps else None,
+        first_bias=0.0 if jumps else -level,
+        first_threshold=_or(settings.first_threshold, level / 2) if jumps else None,
         bandwidth=_or(settings.bandwidth, 1.0 / unit),
     )
 

@@ -241,14 +241,21 @@ def _box(axes: Axes, one: Super, middle: tuple[float, float], strongest: float, 
     second = "" if one.kind in ("token", "logit") else one.words
     first = middle[1] + (0.075 if second else 0)
     weight = "bold" if one.kind in ("by hand", "automatic", "logit") else "normal"
-    name = fitting(drawable(name), room * (0.9 if weight == "bold" else 1), size)
-    axes.text(middle[0], first, name, fontsize=size, fontweight=weight, **words)
+    name, sized = _heading_in(drawable(name), room * (0.9 if weight == "bold" else 1), size)
+    axes.text(middle[0], first, name, fontsize=sized, fontweight=weight, **words)
     if second:
         small = size * SMALL
         axes.text(
             middle[0], middle[1] - 0.095, fitting(drawable(second), room, small), fontsize=small,
             color=palette.muted, **words,
         )  # fmt: skip
+
+
+def _heading_in(text: str, inches: float, size: float) -> tuple[str, float]:
+    """A heading in letters small enough for its box, since layers stand at its end; only long names are cut."""
+    sizes = [size * share for share in (1.0, 0.9, 0.8)]
+    sized = next((one for one in sizes if fitting(text, inches, one) == text), sizes[-1])
+    return fitting(text, inches, sized), sized
 
 
 def _words(axes: Axes, prompt: str, note: str, size: tuple[float, float], style: Style) -> None:

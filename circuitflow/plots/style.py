@@ -190,9 +190,9 @@ def as_many_as_fit(words: Sequence[str], inches: float, size: float) -> str:
 
 
 def wrapped(text: str, inches: float, size: float) -> list[str]:
-    """Text broken at its spaces into lines of at most ``inches`` at ``size`` points."""
+    """Text broken at its spaces into lines of at most ``inches`` at ``size`` points; "%" stays with its number."""
     lines = [""]
-    for word in text.split(" "):
+    for word in text.replace(" %", "\u00a0%").split(" "):
         longer = f"{lines[-1]} {word}".lstrip()
         if lines[-1] and text_width(longer, size) > inches:
             lines.append(word)

@@ -192,6 +192,8 @@ def test_text_is_cut_to_the_room_there_is():
     assert len(lines) > 1
     assert all(text_width(line, 9) <= 1.0 for line in lines)
     assert " ".join(lines) == "some words that need more than one line"
+    for width in (0.5, 0.7, 0.9):
+        assert not any(line.startswith("%") for line in wrapped("bars are 95 % intervals", width, 9))
 
 
 def test_characters_without_a_glyph_are_written_as_code_points():
