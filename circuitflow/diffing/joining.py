@@ -21,6 +21,7 @@ BASE, TUNED = "base", "tuned"
 """What stands before the sites of the run's own model and of the second one: ``base:resid.12``."""
 
 MODELS = (BASE, TUNED)
+COPIED = "the file system knows no links: shards are copied, which takes their room once more"
 
 
 def arrays_read(params: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -43,15 +44,18 @@ def join_activations(inputs: Mapping[str, Path], params: Mapping[str, Any], out:
     layout = joint_layout(stores, site)
     write_metadata(out.folder, layout)
     shards: dict[str, list[Shard]] = {}
+    copied = False
     for name, store in stores.items():
         recorded = read_json(store.folder / SHARDS)["shards"][site]
         shards[f"{name}:{site}"] = [Shard(*shard) for shard in recorded]
         for index in range(layout.n_shards):
             store.check_shard(site, index)  # a link would spread damage
-            _link(
+            copied |= not _link(
                 store.layout.file(store.folder, site, index),
                 layout.file(out.folder, f"{name}:{site}", index),
             )
+    if copied:
+        logger.info(COPIED)
     contents = array_contents(layout, shards)
     write_json(out.folder / SHARDS, {**layout.as_dict(), "shards": shards})
     out.content = content_digest(contents)
@@ -109,12 +113,13 @@ def check_widths(base: int, tuned: int, site: str) -> None:
         )
 
 
-def _link(source: Path, target: Path) -> None:
-    """A second name of the same file; a copy, twice the room, where the file system knows no links."""
+def _link(source: Path, target: Path) -> bool:
+    """A second name of the same file; False and a copy where the file system knows no links."""
     with atomic_path(target) as temporary:
+        temporary.unlink(missing_ok=True)
         try:
-            temporary.unlink(missing_ok=True)
             os.link(source, temporary)
-        except OSError as error:
-            logger.info("%s is copied, not linked (%s)", source.name, error.strerror)
+        except OSError:
             shutil.copyfile(source, temporary)
+            return False
+    return True

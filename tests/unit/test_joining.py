@@ -1,5 +1,6 @@
 """Stores of two models as one: the same shard files under two names, read like any other store."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from circuitflow.diffing import joining
 from circuitflow.diffing.joining import arrays_read, check_vocabularies, join_activations, joint_layout
 from circuitflow.errors import UserError
 from circuitflow.jobs import Output
@@ -64,6 +66,24 @@ def test_shards_are_not_copied_and_joining_again_changes_nothing(
     again = open_store(joined(tmp_path, inputs))
     assert again.content == store.content
     assert not list(store.folder.rglob("*.tmp"))
+
+
+def test_without_links_shards_are_copied_and_it_is_said_once(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    linked = open_store(joined(tmp_path, inputs))
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(joining.logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        copied = open_store(joined(tmp_path, inputs, "copied"))
+    assert copied.content == linked.content
+    file = copied.layout.file(copied.folder, f"base:{SITE}", 0)
+    assert not file.samefile(linked.layout.file(linked.folder, f"base:{SITE}", 0))
+    assert [record.message for record in caplog.records].count(joining.COPIED) == 1
 
 
 def test_the_content_of_each_array_is_its_own(tmp_path: Path, inputs: dict[str, Path]) -> None:
