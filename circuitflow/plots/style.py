@@ -198,7 +198,7 @@ def wrapped(text: str, inches: float, size: float) -> list[str]:
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines
+    return [line.replace("\u00a0%", " %") for line in lines]
 
 
 def text_width(text: str, size: float) -> float:
