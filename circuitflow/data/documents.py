@@ -16,7 +16,7 @@ def documents_of(
     files: Sequence[Path],
     pairs: Path | None,
     rng: np.random.Generator,
-    key: str = "corpus.sources",
+    key: str,
 ) -> Iterator[str]:
     """Documents of one source in an order drawn from ``rng``; a hub data set comes in its own order, as a stream.
 
@@ -52,7 +52,7 @@ def bundled_documents() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def file_documents(path: Path, key: str = "corpus.sources") -> list[str]:
+def file_documents(path: Path, key: str) -> list[str]:
     """A text file is one document; a .jsonl file has one a line, under the key ``text``.
 
     :raises UserError: the file is missing, not UTF-8, or a line is broken, named by its number.

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from circuitflow.jobs import Output
 from circuitflow.plots.circuit_marks import edge_opacity, edge_width, mark, sign_colour, tint
-from circuitflow.plots.numbers import percent
+from circuitflow.plots.numbers import counted, percent
 from circuitflow.plots.style import (
     SMALL,
     Style,
@@ -131,8 +131,7 @@ def _told(name: str, kind: str, part: Table, facts: Mapping[str, Any]) -> str:
         number = int(name.partition("_")[2])
         return shown([texts[number]])[0] if number < len(texts) else name
     if kind == "errors":
-        count = len(part["node"])
-        return f"{count} layer" if count == 1 else f"{count} layers"
+        return counted(len(part["node"]), "layer")
     return str(part["label"][0])
 
 
